@@ -1,0 +1,168 @@
+"""What differs between families of mixture-of-experts models: key names and module names.
+
+A family is data. Nothing here imports torch or NxDI, so a plugin can declare one at no cost.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from nxdi_expertscale.errors import CheckpointError
+
+GATE_UP = "gate_up_proj"
+DOWN = "down_proj"
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """The place of one expert's tensor, read from its name in a checkpoint."""
+
+    layer: int
+    expert: int
+    projection: str
+    """The family's own name of the projection: ``gate_proj``, ``w1``, …"""
+    suffix: str
+    """What follows the projection: ``weight``, ``scale``, ``weight_scale``, …"""
+
+
+@dataclass(frozen=True)
+class MoEFamily:
+    """The names of one family of models, in its checkpoints and in NxDI's modules.
+
+    Paths are written as NxDI writes them, without the ``model.`` that Hugging Face puts before
+    them, and with ``{layer}`` where the layer's number stands.
+
+    Attributes:
+        name: The family's name in messages and tables.
+        model_types: Values of ``model_type`` in ``config.json`` that belong to it.
+        converter: NxDI's function that fuses a state dict of this family, as
+            ``"package.module:function"``; the seam that is patched.
+        experts: Path of a layer's experts in a checkpoint, ``layers.{layer}.mlp.experts``.
+        router: Path of a layer's router in a checkpoint, ``layers.{layer}.mlp.gate``.
+        expert_mlps: Path of a layer's fused experts among NxDI's modules.
+        gate: Name of the gate projection, ``[I, H]`` in a checkpoint.
+        up: Name of the up projection, ``[I, H]``.
+        down: Name of the down projection, ``[H, I]``.
+        num_experts: Attributes of the model's config that may hold the number of experts.
+        num_experts_per_tok: Attributes that may hold the number of experts of a token.
+        intermediate_size: Attributes that may hold the experts' intermediate size.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    converter: str
+    experts: str = "layers.{layer}.mlp.experts"
+    router: str = "layers.{layer}.mlp.gate"
+    expert_mlps: str = "layers.{layer}.mlp.expert_mlps"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
+    num_experts_per_tok: tuple[str, ...] = ("num_experts_per_tok",)
+    intermediate_size: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
+
+    @property
+    def projections(self) -> tuple[str, str, str]:
+        """The names of gate, up and down, in this order."""
+        return (self.gate, self.up, self.down)
+
+    @property
+    def fused(self) -> Mapping[str, tuple[str, ...]]:
+        """For each of NxDI's fused weights, the projections it is made of, in their order."""
+        return {GATE_UP: (self.gate, self.up), DOWN: (self.down,)}
+
+    def expert_key(self, layer: int, expert: int, projection: str, suffix: str = "weight") -> str:
+        """Name of one expert's tensor in a checkpoint."""
+        return f"{self.experts.format(layer=layer)}.{expert}.{projection}.{suffix}"
+
+    def router_key(self, layer: int, suffix: str = "weight") -> str:
+        """Name of a tensor of a layer's router in a checkpoint."""
+        return f"{self.router.format(layer=layer)}.{suffix}"
+
+    def fused_key(self, layer: int, fused: str, suffix: str = "weight") -> str:
+        """Name of a fused tensor in NxDI's state dict; ``fused`` is a key of :attr:`fused`."""
+        return f"{self.expert_mlps.format(layer=layer)}.mlp_op.{fused}.{suffix}"
+
+    @cached_property
+    def _expert_pattern(self) -> re.Pattern[str]:
+        path = re.escape(self.experts).replace(re.escape("{layer}"), r"(?P<layer>\d+)")
+        names = "|".join(re.escape(name) for name in self.projections)
+        return re.compile(
+            rf"(?:^|\.){path}\.(?P<expert>\d+)\.(?P<projection>{names})\.(?P<suffix>\w+)$"
+        )
+
+    @cached_property
+    def _router_pattern(self) -> re.Pattern[str]:
+        path = re.escape(self.router).replace(re.escape("{layer}"), r"(?P<layer>\d+)")
+        return re.compile(rf"(?:^|\.){path}\.(?P<suffix>\w+)$")
+
+    def parse_expert_key(self, key: str) -> ExpertTensor | None:
+        """Read the place of an expert's tensor from its name; None if it is another tensor's."""
+        match = self._expert_pattern.search(key)
+        if match is None:
+            return None
+        return ExpertTensor(
+            int(match["layer"]), int(match["expert"]), match["projection"], match["suffix"]
+        )
+
+    def is_router_key(self, key: str) -> bool:
+        """Whether a name is that of a router's tensor."""
+        return self._router_pattern.search(key) is not None
+
+    def experts_of(self, config: Any) -> int | None:
+        """Number of experts in a layer, from a model's config; None if it has none."""
+        return _first_int(config, self.num_experts)
+
+    def experts_per_token_of(self, config: Any) -> int | None:
+        """Number of experts that a token goes through, from a model's config."""
+        return _first_int(config, self.num_experts_per_tok)
+
+
+def _first_int(config: Any, names: Iterable[str]) -> int | None:
+    for name in names:
+        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+QWEN3_MOE = MoEFamily(
+    name="qwen3_moe",
+    model_types=("qwen3_moe",),
+    converter=(
+        "neuronx_distributed_inference.models.qwen3_moe.modeling_qwen3_moe"
+        ":convert_qwen3_moe_hf_to_neuron_state_dict"
+    ),
+)
+
+BUILT_IN: tuple[MoEFamily, ...] = (QWEN3_MOE,)
+
+
+def family_of(model_type: str | None, families: Sequence[MoEFamily]) -> MoEFamily | None:
+    """The family that a ``model_type`` belongs to, or None."""
+    return next((family for family in families if model_type in family.model_types), None)
+
+
+def require_family(model_type: str | None, families: Sequence[MoEFamily], where: str) -> MoEFamily:
+    """The family that a ``model_type`` belongs to.
+
+    Raises:
+        CheckpointError: No family has this model type; the message lists those that exist.
+    """
+    family = family_of(model_type, families)
+    if family is None:
+        known = ", ".join(sorted(_model_types(families))) or "none"
+        raise CheckpointError(
+            f"{where}: model_type {model_type!r} is not a mixture-of-experts model that is "
+            f"supported; supported are: {known}"
+        )
+    return family
+
+
+def _model_types(families: Sequence[MoEFamily]) -> Iterator[str]:
+    for family in families:
+        yield from family.model_types

@@ -1,0 +1,60 @@
+"""Neuron's FP8: E4M3 that ends at ±240, one float32 scale for each output channel.
+
+The numbers are those of NxD's own quantization step, bit for bit
+(``neuronx_distributed/quantization/quantization_utils.py``, ``quantize_fp8_per_channel``).
+OCP's E4M3 goes on to ±448; what lies between reads as infinity or NaN on the device.
+"""
+
+from __future__ import annotations
+
+import torch
+
+E4M3_MAX = 240.0
+"""Largest magnitude that Neuron's E4M3 holds."""
+
+MIN_SCALE = 1e-5
+"""Smallest scale; an output channel of zeros gets it."""
+
+_LAST_BYTE = 0x77
+"""The magnitude bits of ±240; more is beyond Neuron's range."""
+
+
+def quantize_per_channel(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a weight with one scale for each output channel.
+
+    Args:
+        weight: ``[out, in]``, or ``[..., out, in]`` for several at once, of any float dtype.
+
+    Returns:
+        The weight as ``torch.float8_e4m3fn`` within ±240, of the same shape, and its scale
+        as ``torch.float32``, ``[..., out, 1]``; ``weight ≈ quantized * scale``.
+    """
+    values = weight.to(torch.float32)
+    scale = (values.abs().amax(dim=-1, keepdim=True) / E4M3_MAX).clamp_min(MIN_SCALE)
+    quantized = (values / scale).clamp_(-E4M3_MAX, E4M3_MAX)
+    return quantized.to(torch.float8_e4m3fn), scale
+
+
+def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Values of a quantized weight, as ``torch.float32``.
+
+    Args:
+        weight: ``[..., out, in]``, of any dtype.
+        scale: What broadcasts to it, such as ``[..., out, 1]``.
+    """
+    return weight.to(torch.float32) * scale.to(torch.float32)
+
+
+def exceeds_range(weight: torch.Tensor) -> bool:
+    """Whether an E4M3 tensor holds a value that Neuron reads as infinity or NaN.
+
+    Args:
+        weight: ``torch.float8_e4m3fn``, of any shape.
+    """
+    if weight.numel() == 0:
+        return False
+    # Read as a signed byte, every positive value beyond the range is above 0x77, and read as an
+    # unsigned one every negative value is above 0xF7: two reductions, no temporary.
+    highest_positive = int(weight.view(torch.int8).max())
+    highest_byte = int(weight.view(torch.uint8).max())
+    return highest_positive > _LAST_BYTE or highest_byte > (_LAST_BYTE | 0x80)

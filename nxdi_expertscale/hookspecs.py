@@ -1,0 +1,51 @@
+"""What a plugin may add. Implement a function of the same name, marked with ``hookimpl``.
+
+A plugin is a module (or an object) named in the entry point group ``nxdi.plugins``::
+
+    # pyproject.toml
+    [project.entry-points."nxdi.plugins"]
+    mymodel = "mymodel_nxdi"
+
+    # mymodel_nxdi.py
+    from nxdi_expertscale import MoEFamily, hookimpl
+
+    @hookimpl
+    def nxdi_moe_families():
+        return [MoEFamily(name="mymodel", model_types=("mymodel",), converter="...:...")]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from nxdi_expertscale.activation import Patch
+    from nxdi_expertscale.families import MoEFamily
+
+PROJECT = "nxdi"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def nxdi_moe_families() -> Iterable[MoEFamily]:  # type: ignore[empty-body]
+    """Contribute families of mixture-of-experts models.
+
+    Called when plugins are activated and by the commands that read checkpoints. A model type
+    may be claimed by one family only.
+    """
+
+
+@hookspec
+def nxdi_patches(families: Sequence[MoEFamily]) -> Iterable[Patch]:  # type: ignore[empty-body]
+    """Contribute patches, each applied when the module that it names is imported.
+
+    Called once for each activation. It must not import what it patches.
+
+    Args:
+        families: Every family that the active plugins contribute.
+    """
