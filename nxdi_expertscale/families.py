@@ -113,6 +113,29 @@ class MoEFamily:
         """Whether a name is that of a router's tensor."""
         return self._router_pattern.search(key) is not None
 
+    def excludes_experts(self, layer: int, exclusions: Iterable[str]) -> bool:
+        """Whether a list of exclusions keeps a layer's experts in full precision.
+
+        An exclusion holds where it is part of the experts' path, as upstream has it, and it may
+        be that of the checkpoint (``layers.0.mlp.experts``) or of NxDI's modules
+        (``layers.0.mlp.expert_mlps``).
+        """
+        paths = (
+            f"model.{self.experts.format(layer=layer)}",
+            f"{self.expert_mlps.format(layer=layer)}.mlp_op",
+        )
+        return any(name in path for name in exclusions for path in paths)
+
+    def layer_of_module(self, module: str) -> int | None:
+        """The layer that a module's dotted path lies in, if it is one of the fused experts."""
+        match = self._module_pattern.search(module)
+        return int(match["layer"]) if match else None
+
+    @cached_property
+    def _module_pattern(self) -> re.Pattern[str]:
+        path = re.escape(self.expert_mlps).replace(re.escape("{layer}"), r"(?P<layer>\d+)")
+        return re.compile(rf"(?:^|\.){path}(?:\.|$)")
+
     def experts_of(self, config: Any) -> int | None:
         """Number of experts in a layer, from a model's config; None if it has none."""
         return _first_int(config, self.num_experts)

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import torch
 
+QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+"""The dtypes of a quantized weight that NxD knows and that have a scale per channel."""
+
 E4M3_MAX = 240.0
 """Largest magnitude that Neuron's E4M3 holds."""
 
@@ -58,3 +61,8 @@ def exceeds_range(weight: torch.Tensor) -> bool:
     highest_positive = int(weight.view(torch.int8).max())
     highest_byte = int(weight.view(torch.uint8).max())
     return highest_positive > _LAST_BYTE or highest_byte > (_LAST_BYTE | 0x80)
+
+
+def is_quantized(weight: torch.Tensor) -> bool:
+    """Whether a weight holds quantized values, which mean nothing without their scale."""
+    return weight.dtype in QUANTIZED_DTYPES

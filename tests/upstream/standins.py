@@ -72,7 +72,7 @@ class _StandInModule(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        value = _KNOWN.get(name, None)
+        value = _KNOWN.get(name)
         if value is None:
             value = MagicMock(name=f"{self.__name__}.{name}")
         setattr(self, name, value)

@@ -39,7 +39,9 @@ def test_experts_in_full_precision_are_exact(nxdi: Any, moe: Path, tmp_path: Pat
     assert attention.weight.dtype == torch.float8_e4m3fn
 
 
-def test_unknown_keyword_is_only_warned_of(nxdi: Any, moe: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_keyword_is_only_warned_of(
+    nxdi: Any, moe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     nxdi.inference_config(moe, no_such_setting=1)
 
     assert "no_such_setting" in caplog.text
