@@ -6,12 +6,12 @@ A family is data. Nothing here imports torch or NxDI, so a plugin can declare on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 
 GATE_UP = "gate_up_proj"
 DOWN = "down_proj"
@@ -44,6 +44,7 @@ class MoEFamily:
         experts: Path of a layer's experts in a checkpoint, ``layers.{layer}.mlp.experts``.
         router: Path of a layer's router in a checkpoint, ``layers.{layer}.mlp.gate``.
         expert_mlps: Path of a layer's fused experts among NxDI's modules.
+        embeddings: Path of the token embeddings; a table and no linear layer, never converted.
         gate: Name of the gate projection, ``[I, H]`` in a checkpoint.
         up: Name of the up projection, ``[I, H]``.
         down: Name of the down projection, ``[H, I]``.
@@ -58,6 +59,7 @@ class MoEFamily:
     experts: str = "layers.{layer}.mlp.experts"
     router: str = "layers.{layer}.mlp.gate"
     expert_mlps: str = "layers.{layer}.mlp.expert_mlps"
+    embeddings: str = "embed_tokens"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -113,13 +115,62 @@ class MoEFamily:
         """Whether a name is that of a router's tensor."""
         return self._router_pattern.search(key) is not None
 
+    def excludes(self, path: str, exclusions: Collection[str]) -> bool:
+        """Whether ``modules_to_not_convert`` leaves a module of a checkpoint as it is.
+
+        A name holds for every module whose dotted path contains it, as in NxD
+        (``quantization/quantization_utils.py`` for checkpoints, ``quantization/quantize.py`` for
+        modules). NxDI fuses a layer's experts, so theirs is decided for a fused weight as a whole:
+        a name holds where it is part of the path of the layer's experts in the checkpoint, of
+        each projection that is fused, or of the fused weight's own path among NxDI's modules.
+
+        Args:
+            path: The module's path in a checkpoint, with or without ``model.``, such as
+                ``model.layers.0.mlp.experts.3.gate_proj``.
+            exclusions: Names of either world, with or without ``model.``.
+
+        Raises:
+            ConfigurationError: A name is that of a part of what NxDI fuses, as one expert is.
+        """
+        expert = self.parse_expert_key(f"{path}.weight")
+        if expert is None:
+            return any(_is_part_of(name, path) for name in exclusions)
+        fused, parts = next(
+            (fused, parts) for fused, parts in self.fused.items() if expert.projection in parts
+        )
+        layer = path.removesuffix(f"{expert.expert}.{expert.projection}")
+        module = f"{self.expert_mlps.format(layer=expert.layer)}.mlp_op.{fused}"
+        if any(
+            _is_part_of(name, layer)
+            or _is_part_of(name, module)
+            or all(_is_part_of(name, f".{part}") for part in parts)
+            for name in exclusions
+        ):
+            return True
+        for name in exclusions:
+            if _is_part_of(name, path):
+                raise ConfigurationError(
+                    f"modules_to_not_convert: {name!r} names a part of what NxDI fuses into one "
+                    f"weight; name all experts of the layer, "
+                    f"{layer.removeprefix('model.').removesuffix('.')!r}"
+                )
+        return False
+
     def experts_of(self, config: Any) -> int | None:
         """Number of experts in a layer, from a model's config; None if it has none."""
         return _first_int(config, self.num_experts)
 
+    def intermediate_size_of(self, config: Any) -> int | None:
+        """Width of an expert, from a model's config; None if it does not say."""
+        return _first_int(config, self.intermediate_size)
+
     def experts_per_token_of(self, config: Any) -> int | None:
         """Number of experts that a token goes through, from a model's config."""
         return _first_int(config, self.num_experts_per_tok)
+
+
+def _is_part_of(name: str, path: str) -> bool:
+    return name in path or name.removeprefix("model.") in path
 
 
 def _first_int(config: Any, names: Iterable[str]) -> int | None:
