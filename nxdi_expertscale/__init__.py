@@ -6,6 +6,8 @@ in force. It imports neither torch nor NxDI; the patches are applied when NxDI i
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from nxdi_expertscale.activation import Patch, SeamStatus, State, activate, deactivate, status
 from nxdi_expertscale.errors import (
     CheckpointError,
@@ -16,6 +18,9 @@ from nxdi_expertscale.errors import (
 from nxdi_expertscale.families import MoEFamily
 from nxdi_expertscale.hookspecs import hookimpl
 from nxdi_expertscale.version import __version__
+
+if TYPE_CHECKING:
+    from nxdi_expertscale.checkpoint import quantize_checkpoint
 
 __all__ = [
     "CheckpointError",
@@ -30,7 +35,18 @@ __all__ = [
     "activate",
     "deactivate",
     "hookimpl",
+    "quantize_checkpoint",
     "status",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "quantize_checkpoint":
+        # It needs torch, which importing this package must not import.
+        from nxdi_expertscale.checkpoint import quantize_checkpoint
+
+        return quantize_checkpoint
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 activate()

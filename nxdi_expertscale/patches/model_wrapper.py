@@ -146,23 +146,10 @@ def _kept_in_full_precision(
     experts: Sequence[str], excluded: Sequence[str], family: MoEFamily
 ) -> list[str]:
     """The expert layers that exclusions name, on the checkpoint's side or on the module's."""
-    kept = [name for name in experts if _is_excluded(name, excluded, family)]
-    for name in experts:
-        if name in kept:
-            continue
-        layer = name.rpartition(".")[0]
-        if any(other.startswith(f"{layer}.") for other in kept):
-            raise ConfigurationError(
-                f"modules_to_not_convert keeps a part of {layer} in full precision; NxDI fuses a "
-                "layer's experts in one dtype, so exclude all of them: "
-                f"{family.experts.format(layer=family.layer_of_module(name))!r}"
-            )
-    return kept
+    return [name for name in experts if _is_excluded(name, excluded, family)]
 
 
 def _is_excluded(name: str, excluded: Sequence[str], family: MoEFamily) -> bool:
-    if any(part in name for part in excluded):
-        return True
     layer = family.layer_of_module(name)
     return layer is not None and family.excludes_experts(layer, excluded)
 
