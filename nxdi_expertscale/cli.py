@@ -6,6 +6,7 @@ Exit status: 0 good, 1 the answer is no, 2 the request or the input is bad.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
@@ -23,6 +24,49 @@ def cli() -> None:
     """One FP8 scale per expert for mixture-of-experts models on AWS Trainium."""
 
 
+@cli.command()
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option(
+    "--modules-to-not-convert",
+    "exclusions",
+    metavar="NAME",
+    multiple=True,
+    help="A module to leave as it is; may be given several times. The router always is.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Threads; by default one per core.")
+@click.option("--overwrite", is_flag=True, help="Replace DST once the new one is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def quantize(
+    *,
+    src: Path,
+    dst: Path,
+    exclusions: tuple[str, ...],
+    workers: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Make the FP8 checkpoint DST from the checkpoint SRC, a folder of safetensors files.
+
+    A run that was cut off goes on when it is run again.
+    """
+    from nxdi_expertscale import report
+    from nxdi_expertscale.checkpoint import quantize_checkpoint
+
+    with report.progress_bar() as progress:
+        result = quantize_checkpoint(
+            src,
+            dst,
+            modules_to_not_convert=exclusions,
+            workers=workers,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    for name in result.unused_exclusions:
+        click.echo(f"nxdi-expertscale: no module of {src} is named {name!r}", err=True)
+    click.echo(report.to_json(result) if as_json else report.quantization_summary(result))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status.
 
@@ -30,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     try:
         status = cli.main(args=arguments, prog_name="nxdi-expertscale", standalone_mode=False)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("nxdi-expertscale: interrupted", err=True)
         sys.exit(INTERRUPTED)
     except click.ClickException as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 
 GATE_UP = "gate_up_proj"
 DOWN = "down_proj"
@@ -44,6 +44,7 @@ class MoEFamily:
         experts: Path of a layer's experts in a checkpoint, ``layers.{layer}.mlp.experts``.
         router: Path of a layer's router in a checkpoint, ``layers.{layer}.mlp.gate``.
         expert_mlps: Path of a layer's fused experts among NxDI's modules.
+        embeddings: Path of the token embeddings; a table and no linear layer, never converted.
         gate: Name of the gate projection, ``[I, H]`` in a checkpoint.
         up: Name of the up projection, ``[I, H]``.
         down: Name of the down projection, ``[H, I]``.
@@ -58,6 +59,7 @@ class MoEFamily:
     experts: str = "layers.{layer}.mlp.experts"
     router: str = "layers.{layer}.mlp.gate"
     expert_mlps: str = "layers.{layer}.mlp.expert_mlps"
+    embeddings: str = "embed_tokens"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -113,13 +115,90 @@ class MoEFamily:
         """Whether a name is that of a router's tensor."""
         return self._router_pattern.search(key) is not None
 
+    def excludes(self, path: str, exclusions: Iterable[str]) -> bool:
+        """Whether ``modules_to_not_convert`` leaves a module of a checkpoint as it is.
+
+        A name holds for every module whose dotted path contains it, as in NxD
+        (``quantization/quantization_utils.py`` for checkpoints, ``quantization/quantize.py`` for
+        modules). An expert's module is decided with all of its layer's.
+
+        Args:
+            path: The module's path in a checkpoint, with or without ``model.``, such as
+                ``model.layers.0.self_attn.q_proj``.
+            exclusions: Names of either world, with or without ``model.``.
+
+        Raises:
+            ConfigurationError: A name is that of a part of what NxDI fuses, as one expert is.
+        """
+        names = tuple(exclusions)
+        expert = self.parse_expert_key(f"{path}.weight")
+        if expert is None:
+            return any(_is_part_of(name, path) for name in names)
+        if self.excludes_experts(expert.layer, names):
+            return True
+        for name in names:
+            if _is_part_of(name, path):
+                raise self._part_of_fused(name, expert.layer)
+        return False
+
+    def excludes_experts(self, layer: int, exclusions: Iterable[str]) -> bool:
+        """Whether ``modules_to_not_convert`` keeps a layer's experts in full precision.
+
+        NxDI fuses a layer's experts in one dtype, so it keeps all of them or none. A name may be
+        the checkpoint's (``layers.0.mlp.experts``) or that of NxDI's module
+        (``layers.0.mlp.expert_mlps``), or a part of either.
+
+        Raises:
+            ConfigurationError: A name is that of a part of what NxDI fuses, as ``down_proj`` is.
+        """
+        names = tuple(exclusions)
+        experts = f"model.{self.experts.format(layer=layer)}."
+        modules = f"{self.expert_mlps.format(layer=layer)}.mlp_op."
+        if any(_is_part_of(name, path) for name in names for path in (experts, modules)):
+            return True
+        for parts in (
+            [f".{projection}" for projection in self.projections],
+            [f"{modules}{fused}" for fused in self.fused],
+        ):
+            named = [next((n for n in names if _is_part_of(n, part)), None) for part in parts]
+            if all(named):
+                return True
+            for name in filter(None, named):
+                raise self._part_of_fused(name, layer)
+        return False
+
+    def _part_of_fused(self, name: str, layer: int) -> ConfigurationError:
+        return ConfigurationError(
+            f"modules_to_not_convert: {name!r} names a part of what NxDI fuses, and it fuses a "
+            "layer's experts in one dtype; name all experts of the layer: "
+            f"{self.experts.format(layer=layer)!r}"
+        )
+
+    def layer_of_module(self, module: str) -> int | None:
+        """The layer that a module's dotted path lies in, if it is one of the fused experts."""
+        match = self._module_pattern.search(module)
+        return int(match["layer"]) if match else None
+
+    @cached_property
+    def _module_pattern(self) -> re.Pattern[str]:
+        path = re.escape(self.expert_mlps).replace(re.escape("{layer}"), r"(?P<layer>\d+)")
+        return re.compile(rf"(?:^|\.){path}(?:\.|$)")
+
     def experts_of(self, config: Any) -> int | None:
         """Number of experts in a layer, from a model's config; None if it has none."""
         return _first_int(config, self.num_experts)
 
+    def intermediate_size_of(self, config: Any) -> int | None:
+        """Width of an expert, from a model's config; None if it does not say."""
+        return _first_int(config, self.intermediate_size)
+
     def experts_per_token_of(self, config: Any) -> int | None:
         """Number of experts that a token goes through, from a model's config."""
         return _first_int(config, self.num_experts_per_tok)
+
+
+def _is_part_of(name: str, path: str) -> bool:
+    return name in path or name.removeprefix("model.") in path
 
 
 def _first_int(config: Any, names: Iterable[str]) -> int | None:

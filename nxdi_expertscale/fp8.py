@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import torch
 
+QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+"""The dtypes of a quantized weight that NxD knows and that have a scale per channel."""
+
 E4M3_MAX = 240.0
 """Largest magnitude that Neuron's E4M3 holds."""
 
@@ -19,20 +22,44 @@ _LAST_BYTE = 0x77
 """The magnitude bits of ±240; more is beyond Neuron's range."""
 
 
-def quantize_per_channel(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_per_channel(
+    weight: torch.Tensor, *, scratch: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a weight with one scale for each output channel.
 
     Args:
         weight: ``[out, in]``, or ``[..., out, in]`` for several at once, of any float dtype.
+        scratch: ``torch.float32`` of the same shape to work in, overwritten; it may be ``weight``
+            itself. Without it one is allocated.
+        out: ``torch.float8_e4m3fn`` of the same shape for the result.
 
     Returns:
         The weight as ``torch.float8_e4m3fn`` within ±240, of the same shape, and its scale
-        as ``torch.float32``, ``[..., out, 1]``; ``weight ≈ quantized * scale``.
+        as ``torch.float32``, ``[..., out, 1]``; ``weight ≈ quantized * scale``. A channel with
+        NaN or infinity has a scale that is not finite.
     """
-    values = weight.to(torch.float32)
-    scale = (values.abs().amax(dim=-1, keepdim=True) / E4M3_MAX).clamp_min(MIN_SCALE)
-    quantized = (values / scale).clamp_(-E4M3_MAX, E4M3_MAX)
-    return quantized.to(torch.float8_e4m3fn), scale
+    values = torch.empty_like(weight, dtype=torch.float32) if scratch is None else scratch
+    values.copy_(weight)
+    largest = torch.maximum(values.amax(dim=-1, keepdim=True), -values.amin(dim=-1, keepdim=True))
+    scale = (largest / E4M3_MAX).clamp_min(MIN_SCALE)
+    values.div_(scale).clamp_(-E4M3_MAX, E4M3_MAX)
+    quantized = torch.empty_like(weight, dtype=torch.float8_e4m3fn) if out is None else out
+    return quantized.copy_(values), scale
+
+
+def scale_blocks_(values: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
+    """Multiply rows in place by scales of which each holds for a block of columns.
+
+    Args:
+        values: ``[rows, in]``, ``torch.float32``.
+        scale: ``[rows, ceil(in / block)]``, ``torch.float32``; the last block may be cut.
+        block: Columns that share a scale.
+    """
+    whole = values.shape[1] // block
+    edge = whole * block
+    values[:, :edge].view(values.shape[0], whole, block).mul_(scale[:, :whole, None])
+    values[:, edge:].mul_(scale[:, whole:])
+    return values
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -58,3 +85,8 @@ def exceeds_range(weight: torch.Tensor) -> bool:
     highest_positive = int(weight.view(torch.int8).max())
     highest_byte = int(weight.view(torch.uint8).max())
     return highest_positive > _LAST_BYTE or highest_byte > (_LAST_BYTE | 0x80)
+
+
+def is_quantized(weight: torch.Tensor) -> bool:
+    """Whether a weight holds quantized values, which mean nothing without their scale."""
+    return weight.dtype in QUANTIZED_DTYPES

@@ -1,0 +1,145 @@
+"""The manifest of a finished folder: what it was made from, how, and what belongs to it.
+
+Its file is written last, so a folder that has it is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nxdi_expertscale.checkpoint import digests
+from nxdi_expertscale.checkpoint.source import INDEX, SINGLE_FILE, is_file_name, read_json
+from nxdi_expertscale.errors import CheckpointError
+
+MANIFEST = "nxdi_expertscale.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file that was written: name, bytes, and SHA-256 of it."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """A file that was read.
+
+    Attributes:
+        name: Its name.
+        size: Its bytes.
+        mtime_ns: When it was last changed, in nanoseconds.
+        digest: Digest of its content; see :mod:`nxdi_expertscale.checkpoint.digests`.
+    """
+
+    name: str
+    size: int
+    mtime_ns: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished folder says of itself.
+
+    Attributes:
+        version: The package's version that made it.
+        model_type: The model's type.
+        modules_to_not_convert: Modules that were left as they are.
+        source: The files that it was made from.
+        tensors: How many tensors of each kind.
+        shards: The files of weights.
+        files: The other files.
+    """
+
+    version: str
+    model_type: str
+    modules_to_not_convert: tuple[str, ...]
+    source: tuple[SourceRecord, ...]
+    tensors: Mapping[str, int]
+    shards: tuple[FileRecord, ...]
+    files: tuple[FileRecord, ...]
+
+    def to_json(self) -> bytes:
+        """The manifest as the bytes of its file."""
+        return render_json({"format": FORMAT, "package": "nxdi-expertscale", **asdict(self)})
+
+
+def file_record(path: Path) -> FileRecord:
+    """The record of a file as it is on the disk."""
+    return FileRecord(path.name, path.stat().st_size, digests.file_sha256(path))
+
+
+def render_json(value: Mapping[str, Any]) -> bytes:
+    """A JSON object as the bytes of a file that people may read."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """Read the manifest of a folder that ``quantize`` finished.
+
+    Raises:
+        CheckpointError: The folder has none, or one that this version cannot read.
+    """
+    path = Path(folder)
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{path}: was not made by nxdi-expertscale quantize, or is not finished: it has no "
+            f"{MANIFEST}; run quantize"
+        )
+    value = read_json(path.resolve(), MANIFEST)
+    if value.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path / MANIFEST}: has format {value.get('format')!r}, and this version reads "
+            f"{FORMAT}; run quantize again"
+        )
+    try:
+        manifest = Manifest(
+            version=str(value["version"]),
+            model_type=str(value["model_type"]),
+            modules_to_not_convert=tuple(map(str, value["modules_to_not_convert"])),
+            source=tuple(SourceRecord(**record) for record in value["source"]),
+            tensors={str(kind): int(count) for kind, count in value["tensors"].items()},
+            shards=tuple(FileRecord(**record) for record in value["shards"]),
+            files=tuple(FileRecord(**record) for record in value["files"]),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path / MANIFEST}: is damaged ({type(error).__name__}: {error}); run quantize again"
+        ) from None
+    for record in (*manifest.shards, *manifest.files):
+        if not is_file_name(record.name):
+            raise CheckpointError(
+                f"{path / MANIFEST}: names {record.name!r}, which is not a file of the folder; "
+                "run quantize again"
+            )
+    return manifest
+
+
+def is_untouched(folder: str | os.PathLike[str]) -> bool:
+    """Whether ``quantize`` finished a folder and its files still have their names and sizes.
+
+    Cheap: no file of weights is opened. Files that are no part of it are not looked at, except
+    weights that NxDI would load instead.
+    """
+    path = Path(folder)
+    if not (path / MANIFEST).is_file() or not (path / INDEX).is_file():
+        return False
+    manifest = read_manifest(path)
+    return not (path / SINGLE_FILE).exists() and all(
+        (path / record.name).is_file() and (path / record.name).stat().st_size == record.size
+        for record in (*manifest.shards, *manifest.files)
+    )
+
+
+def normalized(exclusions: Sequence[str]) -> tuple[str, ...]:
+    """Exclusions as they are compared: the order and repetitions mean nothing."""
+    return tuple(sorted(set(exclusions)))

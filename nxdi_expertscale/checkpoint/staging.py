@@ -1,0 +1,147 @@
+"""A folder in the making: nothing in it can be loaded before all of it is there.
+
+Files are written to a hidden folder inside the destination. Each finished shard has a record
+beside it, so a run that was cut off goes on from there. When all are complete they are moved to
+their places: the index, without which nothing loads, after all that it names, and the manifest
+last. A folder that is replaced loses its index first, and only then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import filelock
+
+from nxdi_expertscale.checkpoint.manifest import MANIFEST, FileRecord, read_manifest
+from nxdi_expertscale.checkpoint.source import INDEX
+from nxdi_expertscale.errors import CheckpointError
+
+WORK = ".nxdi-expertscale"
+_LOCK = "lock"
+_RECORD_SUFFIX = ".record.json"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard.
+
+    Attributes:
+        fingerprint: Of all that its bytes follow from; see ``quantize.fingerprint``.
+        file: Its file.
+        source_digests: Digest of each tensor of the source that went into it, hexadecimal.
+    """
+
+    fingerprint: str
+    file: FileRecord
+    source_digests: dict[str, str]
+
+
+class Staging:
+    """The hidden folder of a destination, held by one run at a time."""
+
+    def __init__(self, destination: Path) -> None:
+        self._destination = destination
+        self._work = destination / WORK
+        self._lock = filelock.FileLock(self._work / _LOCK, blocking=False)
+
+    def __enter__(self) -> Staging:
+        self._work.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise CheckpointError(
+                f"{self._destination}: another run is writing to it; wait for its end, or name "
+                "another folder"
+            ) from None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lock.release()
+
+    def path(self, name: str) -> Path:
+        """Where a file is while it is written."""
+        return self._work / name
+
+    def finished(self, name: str, fingerprint: str) -> ShardRecord | None:
+        """The record of a shard that an earlier run finished, if it is the same shard."""
+        path = self._record(name)
+        if not path.is_file():
+            return None
+        value = json.loads(path.read_bytes())
+        record = ShardRecord(
+            value["fingerprint"], FileRecord(**value["file"]), value["source_digests"]
+        )
+        shard = self.path(name)
+        same = record.fingerprint == fingerprint and shard.is_file()
+        return record if same and shard.stat().st_size == record.file.size else None
+
+    def finish(self, record: ShardRecord) -> None:
+        """Record that a shard is complete; its bytes have to be on the disk."""
+        self.write(record.file.name + _RECORD_SUFFIX, json.dumps(asdict(record)).encode())
+
+    def forget(self, name: str) -> None:
+        """Drop the record of a shard that is to be written anew."""
+        self._record(name).unlink(missing_ok=True)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file, whole or not at all."""
+        path = self.path(name)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(self._work)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all files are there and what remains is to move them."""
+        return self.path(MANIFEST).is_file()
+
+    def publish(self) -> None:
+        """Move all files to their places; it may be cut off anywhere and be called again."""
+        manifest = read_manifest(self._work)
+        names = [record.name for record in (*manifest.shards, *manifest.files)]
+        if (self._destination / MANIFEST).is_file():
+            self._remove_old(keep=names)
+        for name in [*(name for name in names if name != INDEX), INDEX]:
+            if self.path(name).exists():
+                self.path(name).replace(self._destination / name)
+        sync_folder(self._destination)
+        self.path(MANIFEST).replace(self._destination / MANIFEST)
+        sync_folder(self._destination)
+        shutil.rmtree(self._work)
+
+    def _remove_old(self, keep: Iterable[str]) -> None:
+        old = read_manifest(self._destination)
+        (self._destination / INDEX).unlink(missing_ok=True)
+        sync_folder(self._destination)
+        for record in (*old.shards, *old.files):
+            if record.name not in keep:
+                (self._destination / record.name).unlink(missing_ok=True)
+        (self._destination / MANIFEST).unlink()
+        sync_folder(self._destination)
+
+    def _record(self, name: str) -> Path:
+        return self.path(name + _RECORD_SUFFIX)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
