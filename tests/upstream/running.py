@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from neuronx_distributed.trace.trace import get_sharded_checkpoint
 from neuronx_distributed_inference.models.application_base import init_custom_process_group_fn
-from neuronx_distributed_inference.models.config import MoENeuronConfig
 from neuronx_distributed_inference.models.model_wrapper import DecoderModelInstance
 from neuronx_distributed_inference.models.qwen3_moe.modeling_qwen3_moe import (
     NeuronQwen3MoeForCausalLM,
-    Qwen3MoeInferenceConfig,
 )
 from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
 
@@ -34,17 +32,26 @@ FP8: dict[str, Any] = {
 ROUTER = "mlp.gate"
 """What has to be in ``modules_to_not_convert``, or the router is quantized too."""
 
-_NOT_IN_CHECKPOINTS = ("kv_mgr.", ".rank_util.rank")
+_NOT_IN_CHECKPOINTS = (
+    "kv_mgr.",
+    # The ranks of attention, which releases before 0.7 do not write.
+    ".rank_util.rank",
+    # A quantized weight's second name in ahead-of-time mode; the same parameter.
+    ".master_weight",
+)
 
 
-def inference_config(checkpoint: Path, **settings: Any) -> Any:
+def inference_config(
+    checkpoint: Path, application: Any = NeuronQwen3MoeForCausalLM, **settings: Any
+) -> Any:
     """NxDI's config of a model.
 
     Args:
         checkpoint: Folder of the Hugging Face model.
-        settings: Keywords of ``MoENeuronConfig``, beside those that every test needs.
+        application: NxDI's class for such a model.
+        settings: Keywords of its neuron config, beside those that every test needs.
     """
-    neuron_config = MoENeuronConfig(
+    neuron_config = application.get_neuron_config_cls()(
         **{
             "batch_size": 1,
             "seq_len": models.SEQUENCE,
@@ -53,7 +60,7 @@ def inference_config(checkpoint: Path, **settings: Any) -> Any:
             **settings,
         }
     )
-    return Qwen3MoeInferenceConfig(
+    return application.get_config_cls()(
         neuron_config, load_config=load_pretrained_config(str(checkpoint))
     )
 
@@ -105,8 +112,8 @@ class LoadedModel:
         logits: torch.Tensor = outputs[0]
         return logits[:, -1]
 
-    def moe_output(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Output of a layer's MoE block for an input ``[1, tokens, hidden]``."""
+    def mlp_output(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Output of a layer's MoE (or dense) block for an input ``[1, tokens, hidden]``."""
         with torch.no_grad():
             output: torch.Tensor = self.module.layers[layer].mlp(hidden_states)[0]
         return output
@@ -162,7 +169,8 @@ def _load_weights(module: Any, state_dict: dict[str, torch.Tensor], rank: int, r
         for name in result.missing_keys
         if not any(part in name for part in _NOT_IN_CHECKPOINTS)
     ]
-    assert (missing, result.unexpected_keys) == ([], [])
+    if missing or result.unexpected_keys:
+        raise AssertionError(f"missing: {missing}, unexpected: {result.unexpected_keys}")
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -189,8 +197,8 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
-def moe_errors(checkpoint: Path, loaded: LoadedModel) -> list[float]:
-    """Error of each layer's MoE output against Hugging Face, given the same input.
+def mlp_errors(checkpoint: Path, loaded: LoadedModel) -> list[float]:
+    """Error of each layer's MoE (or dense) output against Hugging Face, given the same input.
 
     Args:
         checkpoint: Folder of the Hugging Face model, the reference.
@@ -201,12 +209,12 @@ def moe_errors(checkpoint: Path, loaded: LoadedModel) -> list[float]:
     for number, layer in enumerate(reference.model.layers):
 
         def keep(_: Any, inputs: Any, outputs: Any, number: int = number) -> None:
-            seen[number] = (inputs[0], outputs[0])
+            seen[number] = (inputs[0], outputs[0] if isinstance(outputs, tuple) else outputs)
 
         layer.mlp.register_forward_hook(keep)
     with torch.no_grad():
         reference(models.prompt())
     return [
-        relative_error(loaded.moe_output(number, given), expected)
+        relative_error(loaded.mlp_output(number, given), expected)
         for number, (given, expected) in sorted(seen.items())
     ]

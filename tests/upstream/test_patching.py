@@ -1,4 +1,4 @@
-"""The patches: whenever they are applied, taken off again, and kept away from what does not fit."""
+"""The patches: put on, taken off again, and kept away from what does not fit."""
 
 from __future__ import annotations
 
@@ -13,44 +13,14 @@ import torch
 
 import nxdi_expertscale
 from nxdi_expertscale.errors import IncompatibleUpstreamError
-from tests.upstream import models, processes
-from tests.upstream.targets import Target
+from tests.upstream import models
 
-WITHIN_FP8 = 0.06
 CONVERTER = "convert_qwen3_moe_hf_to_neuron_state_dict"
 
 
 @pytest.fixture(scope="session")
 def fp8(nxdi: Any, moe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return nxdi.quantize(moe, tmp_path_factory.mktemp("fp8"))
-
-
-def errors_when_imported(
-    _rank: int, before: bool, checkpoint: Path, settings: dict[str, Any]
-) -> list[float]:
-    """The model's errors where this package is imported before NxDI, or after it."""
-    if before:
-        import nxdi_expertscale
-
-        assert {seam.state for seam in nxdi_expertscale.status()} == {"waiting"}
-    from tests.upstream import running
-
-    if not before:
-        import nxdi_expertscale
-    return running.moe_errors(checkpoint, running.load(checkpoint, **settings))
-
-
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-def test_import_before_nxdi_or_after_it(
-    target: Target, moe: Path, fp8: dict[str, Any], tmp_path: Path, before: bool
-) -> None:
-    settings = {**fp8, "expert_wise_scale": True}
-
-    [errors] = processes.run_on_ranks(
-        target, 1, tmp_path / "store", errors_when_imported, before, moe, settings
-    )
-
-    assert max(errors) < WITHIN_FP8
 
 
 def objects_at_seams() -> dict[str, Any]:
@@ -112,18 +82,41 @@ def test_unquantized_model_is_untouched(nxdi: Any, moe: Path) -> None:
         nxdi_expertscale.deactivate()
 
 
+def test_quantized_dense_model_is_untouched(nxdi: Any, tmp_path: Path) -> None:
+    from neuronx_distributed_inference.models.qwen3 import modeling_qwen3 as dense
+
+    checkpoint = models.save_qwen3(tmp_path / "dense")
+    folder = tmp_path / "fp8"
+    folder.mkdir()
+
+    def logits() -> torch.Tensor:
+        config = nxdi.inference_config(
+            checkpoint,
+            dense.NeuronQwen3ForCausalLM,
+            **nxdi.FP8,
+            quantized_checkpoints_path=str(folder),
+            modules_to_not_convert=["lm_head"],
+        )
+        dense.NeuronQwen3ForCausalLM.save_quantized_state_dict(str(checkpoint), config)
+        application = dense.NeuronQwen3ForCausalLM(str(checkpoint), config)
+        result: torch.Tensor = nxdi.load_application(application).logits(models.prompt())
+        return result
+
+    stock = logits()
+    nxdi_expertscale.activate()
+    try:
+        assert torch.equal(logits(), stock)
+    finally:
+        nxdi_expertscale.deactivate()
+
+
 Change = Callable[[pytest.MonkeyPatch], None]
 
 
 def rename_converter(patch: pytest.MonkeyPatch) -> None:
-    module, application = converter_module()
-    converter = getattr(module, CONVERTER)
+    stop_calling_converter(patch)
+    module, _ = converter_module()
     patch.delattr(module, CONVERTER)
-    patch.setattr(
-        application,
-        "convert_hf_to_neuron_state_dict",
-        staticmethod(lambda state_dict, config: converter(state_dict, config)),
-    )
 
 
 def add_argument_to_converter(patch: pytest.MonkeyPatch) -> None:
@@ -140,11 +133,12 @@ def add_argument_to_converter(patch: pytest.MonkeyPatch) -> None:
 def stop_calling_converter(patch: pytest.MonkeyPatch) -> None:
     module, application = converter_module()
     converter = getattr(module, CONVERTER)
-    patch.setattr(
-        application,
-        "convert_hf_to_neuron_state_dict",
-        staticmethod(lambda state_dict, config: converter(state_dict, config)),
-    )
+
+    def convert_hf_to_neuron_state_dict(state_dict: dict[str, Any], config: Any) -> dict[str, Any]:
+        return converter(state_dict, config)
+
+    method = staticmethod(convert_hf_to_neuron_state_dict)
+    patch.setattr(application, "convert_hf_to_neuron_state_dict", method)
 
 
 def take_include_from_convert(patch: pytest.MonkeyPatch) -> None:
@@ -167,8 +161,12 @@ def take_include_from_convert(patch: pytest.MonkeyPatch) -> None:
 
 def call_convert_by_another_name(patch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("neuronx_distributed_inference.models.model_wrapper")
-    load_module = module.DecoderModelInstance.load_module
-    patch.setattr(module.DecoderModelInstance, "load_module", lambda self: load_module(self))
+    original = module.DecoderModelInstance.load_module
+
+    def load_module(self: Any) -> None:
+        original(self)
+
+    patch.setattr(module.DecoderModelInstance, "load_module", load_module)
 
 
 def converter_module() -> tuple[Any, Any]:
@@ -215,7 +213,8 @@ def test_changed_seam_is_left_alone_and_refused_to_users_of_the_flag(
 def test_config_that_has_the_flag_is_left_to_itself(
     nxdi: Any, moe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    init = nxdi.MoENeuronConfig.__init__
+    settings = nxdi.NeuronQwen3MoeForCausalLM.get_neuron_config_cls()
+    init = settings.__init__
 
     def knows_the_flag(
         self: Any, *args: Any, expert_wise_scale: bool = False, **kwargs: Any
@@ -223,14 +222,14 @@ def test_config_that_has_the_flag_is_left_to_itself(
         self.expert_wise_scale = expert_wise_scale
         init(self, *args, **kwargs)
 
-    monkeypatch.setattr(nxdi.MoENeuronConfig, "__init__", knows_the_flag)
+    monkeypatch.setattr(settings, "__init__", knows_the_flag)
     nxdi_expertscale.activate()
     try:
         config = nxdi.inference_config(moe, expert_wise_scale=True)
 
         [seam] = [seam for seam in nxdi_expertscale.status() if seam.seam == "config"]
         assert seam.state == "native"
-        assert nxdi.MoENeuronConfig.__init__ is knows_the_flag
+        assert settings.__init__ is knows_the_flag
         assert config.neuron_config.expert_wise_scale is True
     finally:
         nxdi_expertscale.deactivate()
