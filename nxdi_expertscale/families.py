@@ -67,6 +67,20 @@ class MoEFamily:
     num_experts_per_tok: tuple[str, ...] = ("num_experts_per_tok",)
     intermediate_size: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
 
+    def __post_init__(self) -> None:
+        module, _, function = self.converter.partition(":")
+        if not module or not function.isidentifier():
+            raise ConfigurationError(
+                f"family {self.name!r}: converter must be 'package.module:function', not "
+                f"{self.converter!r}"
+            )
+        for field in ("experts", "router", "expert_mlps"):
+            if "{layer}" not in getattr(self, field):
+                raise ConfigurationError(
+                    f"family {self.name!r}: {field} must say where the layer's number stands, as "
+                    f"in 'layers.{{layer}}.mlp', and is {getattr(self, field)!r}"
+                )
+
     @property
     def projections(self) -> tuple[str, str, str]:
         """The names of gate, up and down, in this order."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, cast
+from typing import cast
 
 import wrapt
 
@@ -25,7 +26,7 @@ ModuleCallback = Callable[[ModuleType], None]
 class ImportWatcher(MetaPathFinder):
     """A finder that finds nothing itself, and tells when watched modules are loaded.
 
-    Safe in threads: it holds no lock while a module is searched for or executed.
+    Safe in threads: it holds no lock while a module is searched for, executed or reported.
     """
 
     def __init__(self, on_loaded: ModuleCallback) -> None:
@@ -33,30 +34,35 @@ class ImportWatcher(MetaPathFinder):
 
         Args:
             on_loaded: Called with each watched module after it was executed. What it raises
-                fails the import.
+                fails the import. It may be called twice for one execution.
         """
         self._on_loaded = on_loaded
-        self._names: frozenset[str] = frozenset()
+        self._lock = threading.Lock()
+        self._names: tuple[str, ...] = ()
         self._unfinished: dict[str, ModuleType] = {}
 
     def watch(self, names: Sequence[str]) -> None:
-        """Watch these modules and no others; with none, leave ``sys.meta_path``.
+        """Watch these modules and no others; with none, leave ``sys.meta_path``."""
+        with self._lock:
+            self._names = tuple(names)
+            self._unfinished.clear()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            if names:
+                sys.meta_path.insert(0, self)
 
-        Modules that are loaded already are reported at once. One that another thread is just
-        importing is waited for. One that is further up in this thread's own chain of imports is
-        reported at the next import that follows its end.
+    def report_loaded(self) -> None:
+        """Report the watched modules that are loaded already.
+
+        One that another thread is just importing is waited for. One that is further up in this
+        thread's own chain of imports is reported at the next import that follows its end.
         """
-        self._names = frozenset(names)
-        if self not in sys.meta_path and names:
-            sys.meta_path.insert(0, self)
-        elif self in sys.meta_path and not names:
-            sys.meta_path.remove(self)
-        for name in names:
+        for name in self._names:
+            if _is_initializing(sys.modules.get(name)):
+                _wait_for_other_threads(name)
             module = sys.modules.get(name)
             if module is None:
                 continue
-            if _is_initializing(module):
-                _wait_for_other_threads(name)
             if _is_initializing(module):
                 self._unfinished[name] = module
             else:
@@ -65,7 +71,10 @@ class ImportWatcher(MetaPathFinder):
     def report_finished(self) -> None:
         """Report modules that were half imported when they came to be watched, and are done."""
         for name, module in list(self._unfinished.items()):
-            if not _is_initializing(module) and self._unfinished.pop(name, None) is not None:
+            if _is_initializing(module) or self._unfinished.pop(name, None) is None:
+                continue
+            # An import that has failed leaves nothing to report.
+            if sys.modules.get(name) is module:
                 self._on_loaded(module)
 
     def find_spec(
@@ -95,7 +104,8 @@ class ImportWatcher(MetaPathFinder):
             self._on_loaded(module)
 
 
-class _ReportingLoader(wrapt.ObjectProxy[Any]):
+# wrapt's classes take type arguments from 2.0 on only.
+class _ReportingLoader(wrapt.ObjectProxy):  # type: ignore[type-arg]
     """A module's loader, which reports the module after executing it."""
 
     def __init__(self, loader: Loader, on_loaded: ModuleCallback) -> None:
@@ -116,7 +126,13 @@ class _ReportingLoader(wrapt.ObjectProxy[Any]):
             spec.loader = self.__wrapped__
 
 
-def _is_initializing(module: ModuleType) -> bool:
+def is_loaded(name: str) -> bool:
+    """Whether a module is imported, all of it."""
+    module = sys.modules.get(name)
+    return module is not None and not _is_initializing(module)
+
+
+def _is_initializing(module: ModuleType | None) -> bool:
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
