@@ -72,6 +72,20 @@ class MoEFamily:
     head_norm: bool = True
     normalizes_top_k: bool = False
 
+    def __post_init__(self) -> None:
+        module, _, function = self.converter.partition(":")
+        if not module or not function.isidentifier():
+            raise ConfigurationError(
+                f"family {self.name!r}: converter must be 'package.module:function', not "
+                f"{self.converter!r}"
+            )
+        for field in ("experts", "router", "expert_mlps"):
+            if "{layer}" not in getattr(self, field):
+                raise ConfigurationError(
+                    f"family {self.name!r}: {field} must say where the layer's number stands, as "
+                    f"in 'layers.{{layer}}.mlp', and is {getattr(self, field)!r}"
+                )
+
     @property
     def projections(self) -> tuple[str, str, str]:
         """The names of gate, up and down, in this order."""
@@ -239,6 +253,8 @@ MIXTRAL = MoEFamily(
     down="w2",
     num_experts=("num_local_experts",),
     intermediate_size=("intermediate_size",),
+    head_norm=False,
+    normalizes_top_k=True,
 )
 
 BUILT_IN: tuple[MoEFamily, ...] = (QWEN3_MOE, MIXTRAL)
