@@ -67,6 +67,21 @@ def quantize(
     click.echo(report.to_json(result) if as_json else report.quantization_summary(result))
 
 
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def doctor(*, as_json: bool) -> int:
+    """Say whether it will work here, and if not why.
+
+    NxDI is imported in a process of its own. The status is 0 for yes, 1 for no.
+    """
+    from nxdi_expertscale import report
+    from nxdi_expertscale.doctor import examine
+
+    found = examine()
+    click.echo(report.to_json(found) if as_json else report.examination(found))
+    return 0 if found.works else ANSWER_IS_NO
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status.
 
