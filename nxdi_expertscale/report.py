@@ -25,6 +25,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from nxdi_expertscale.checkpoint import QuantizationResult
+    from nxdi_expertscale.demo import Demo
     from nxdi_expertscale.doctor import Examination
 
 
@@ -91,6 +92,16 @@ def _pairs(rows: Mapping[str, str]) -> str:
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows.items():
         table.add_row(f"  {name}", Text(value))
+    return rendered(table)
+
+
+def demo_table(result: Demo) -> str:
+    """The error of each layer's MoE output, for the two kinds of scales."""
+    table = Table("layer", title="Error of the MoE output against the original")
+    table.add_column("one scale per expert", justify="right")
+    table.add_column("one averaged scale", justify="right")
+    for layer in result.layers:
+        table.add_row(str(layer.layer), f"{layer.expert_wise:.1%}", f"{layer.averaged:.1%}")
     return rendered(table)
 
 
