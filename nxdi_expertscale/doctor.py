@@ -212,7 +212,11 @@ def _check_import(found: Probe, findings: _Findings) -> None:
 
 
 def _check_seams(found: Probe, findings: _Findings) -> None:
-    needed = {name for family in known_families() for name in seams.needed_by_model(family)}
+    needed = set(seams.needed_by_config())
+    states = {seam.seam: seam.state for seam in found.seams}
+    of_families = {seams.state_dict(family) for family in known_families()}
+    if not any(states.get(name) in (State.APPLIED, State.NATIVE) for name in of_families):
+        needed |= of_families
     for seam in found.seams:
         to = findings.problems if seam.seam in needed else findings.warnings
         if seam.state is State.INCOMPATIBLE:
