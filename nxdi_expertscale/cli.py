@@ -68,6 +68,21 @@ def quantize(
 
 
 @cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def doctor(*, as_json: bool) -> int:
+    """Say whether it will work here, and if not why.
+
+    NxDI is imported in a process of its own. The status is 0 for yes, 1 for no.
+    """
+    from nxdi_expertscale import report
+    from nxdi_expertscale.doctor import examine
+
+    found = examine()
+    click.echo(report.to_json(found) if as_json else report.examination(found))
+    return 0 if found.works else ANSWER_IS_NO
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the errors as JSON.")
 def demo(*, as_json: bool) -> None:
     """Quantize a small model, and compare one scale per expert with one that they share."""

@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,12 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from nxdi_expertscale.checkpoint import QuantizationResult
     from nxdi_expertscale.demo import Demo
+    from nxdi_expertscale.doctor import Examination
 
 
 def to_json(value: Any) -> str:
@@ -67,6 +69,30 @@ def quantization_summary(result: QuantizationResult) -> str:
     if result.resumed_shards:
         table.add_row("from an earlier run", f"{result.resumed_shards} files")
     return f"{result.destination}\n{rendered(table)}"
+
+
+def examination(found: Examination) -> str:
+    """What ``doctor`` found, its verdict last."""
+    release = found.release
+    known = f"NxDI {release.nxdi}, Neuron SDK {release.sdk}" if release else "none that was tested"
+    packages = {name: version or "absent" for name, version in found.packages.items()}
+    sections = [
+        ("Installed", {**packages, "release": known}),
+        ("Seams", {seam.seam: f"{seam.state} {seam.reason}".strip() for seam in found.seams}),
+        ("Activation", found.activation),
+        ("Device", found.device),
+    ]
+    parts = [f"{title}\n{_pairs(rows)}" for title, rows in sections if rows]
+    parts += [f"warning: {warning}" for warning in found.warnings]
+    parts += [f"problem: {problem}" for problem in found.problems]
+    return "\n\n".join([*parts, found.verdict])
+
+
+def _pairs(rows: Mapping[str, str]) -> str:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(f"  {name}", Text(value))
+    return rendered(table)
 
 
 def demo_table(result: Demo) -> str:
