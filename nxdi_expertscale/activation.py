@@ -264,6 +264,11 @@ def active_plugins() -> tuple[str, ...]:
     return _activation.plugins
 
 
+def plugin_problems() -> tuple[str, ...]:
+    """What is wrong with the plugins that this process was to activate, one line each."""
+    return _activation.problems
+
+
 def unmet(seams: Iterable[str]) -> str | None:
     """Say which of these seams does not hold and why, or None where none is known not to.
 
