@@ -156,6 +156,34 @@ class MoEFamily:
                 )
         return False
 
+    def in_both_worlds(self, exclusions: Collection[str], layers: int) -> tuple[str, ...]:
+        """Exclusions that say the same to what reads checkpoints and to what converts modules.
+
+        To each name, without ``model.``, are added the paths of the experts that it holds for:
+        ``layers.0.mlp.experts`` as a checkpoint has it and ``layers.0.mlp.expert_mlps`` as NxDI
+        has it, or the fused weight's own where it holds for that alone.
+
+        Args:
+            exclusions: Names of either world; see :meth:`excludes`.
+            layers: The model's number of layers.
+
+        Raises:
+            ConfigurationError: A name is that of a part of what NxDI fuses.
+        """
+        names = [name.removeprefix("model.") for name in exclusions]
+        for layer in range(layers):
+            excluded = [
+                fused
+                for fused, parts in self.fused.items()
+                if self.excludes(_module(self.expert_key(layer, 0, parts[0])), exclusions)
+            ]
+            module = self.expert_mlps.format(layer=layer)
+            if len(excluded) == len(self.fused):
+                names += [self.experts.format(layer=layer), module]
+            else:
+                names += [f"{module}.mlp_op.{fused}" for fused in excluded]
+        return tuple(dict.fromkeys(names))
+
     def experts_of(self, config: Any) -> int | None:
         """Number of experts in a layer, from a model's config; None if it has none."""
         return _first_int(config, self.num_experts)
@@ -169,8 +197,13 @@ class MoEFamily:
         return _first_int(config, self.num_experts_per_tok)
 
 
+def _module(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
 def _is_part_of(name: str, path: str) -> bool:
-    return name in path or name.removeprefix("model.") in path
+    bare = name.removeprefix("model.")
+    return name in path or (bare != "" and bare in path)
 
 
 def _first_int(config: Any, names: Iterable[str]) -> int | None:

@@ -151,7 +151,7 @@ def make_plan(
             experts, or has shapes that disagree with its config.
         ConfigurationError: An exclusion names a part of a fused weight.
     """
-    exclusions = _effective(checkpoint.config, modules_to_not_convert)
+    exclusions = effective_exclusions(checkpoint.config, modules_to_not_convert)
     weights = read_weights(checkpoint, family)
     check_architecture(checkpoint, family)
     full_precision = _full_precision(checkpoint.config)
@@ -168,7 +168,8 @@ def make_plan(
     )
 
 
-def _effective(config: Mapping[str, Any], asked: Iterable[str]) -> tuple[str, ...]:
+def effective_exclusions(config: Mapping[str, Any], asked: Iterable[str]) -> tuple[str, ...]:
+    """Exclusions as asked for, and as a model needs: tied embeddings exclude ``lm_head``."""
     exclusions = tuple(dict.fromkeys(asked))
     if config.get("tie_word_embeddings") is True and LM_HEAD not in exclusions:
         # One table serves both ends of the model, and a table of embeddings has no scales.

@@ -73,6 +73,20 @@ class ValueReader:
         dtype = TORCH_DTYPES.get(tensor.dtype)
         return raw if dtype is None else raw.view(dtype).view(len(rows), columns)
 
+    def values(self, weight: Weight, rows: range) -> torch.Tensor:
+        """The values of rows of a tensor whose dtype is one of :data:`TORCH_DTYPES`.
+
+        Returns:
+            ``[rows, columns]``, ``torch.float32``. It is the thread's buffer.
+
+        Raises:
+            CheckpointError: A scale is not a positive number.
+        """
+        stored = self.stored(weight, rows)
+        if weight.scale is not None:
+            return self.dequantized(stored, weight.scale, rows)
+        return self.buffers.take("values", tuple(stored.shape)).copy_(stored)
+
     def dequantized(self, stored: torch.Tensor, scale: BlockScale, rows: range) -> torch.Tensor:
         """The values of rows of a quantized weight.
 
