@@ -1,6 +1,52 @@
-"""One FP8 scale per expert for mixture-of-experts models on AWS Trainium."""
+"""One FP8 scale per expert for mixture-of-experts models on AWS Trainium.
 
+Importing this package activates it: every installed plugin that ``NXDI_PLUGINS`` allows is put
+in force. It imports neither torch nor NxDI; the patches are applied when NxDI is imported.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nxdi_expertscale.activation import Patch, SeamStatus, State, activate, deactivate, status
+from nxdi_expertscale.errors import (
+    CheckpointError,
+    ConfigurationError,
+    ExpertScaleError,
+    IncompatibleUpstreamError,
+)
+from nxdi_expertscale.families import MoEFamily
 from nxdi_expertscale.hookspecs import hookimpl
 from nxdi_expertscale.version import __version__
 
-__all__ = ["__version__", "hookimpl"]
+if TYPE_CHECKING:
+    from nxdi_expertscale.checkpoint import quantize_checkpoint
+
+__all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "ExpertScaleError",
+    "IncompatibleUpstreamError",
+    "MoEFamily",
+    "Patch",
+    "SeamStatus",
+    "State",
+    "__version__",
+    "activate",
+    "deactivate",
+    "hookimpl",
+    "quantize_checkpoint",
+    "status",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "quantize_checkpoint":
+        # It needs torch, which importing this package must not import.
+        from nxdi_expertscale.checkpoint import quantize_checkpoint
+
+        return quantize_checkpoint
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+activate()

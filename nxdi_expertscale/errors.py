@@ -15,7 +15,3 @@ class CheckpointError(ExpertScaleError, ValueError):
 
 class IncompatibleUpstreamError(ExpertScaleError, RuntimeError):
     """The feature is asked for, and the installed NxDI is not one that can be patched for it."""
-
-
-class PluginError(ExpertScaleError, RuntimeError):
-    """A plugin of the group ``nxdi.plugins`` is missing, or failed to load."""

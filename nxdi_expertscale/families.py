@@ -51,6 +51,9 @@ class MoEFamily:
         num_experts: Attributes of the model's config that may hold the number of experts.
         num_experts_per_tok: Attributes that may hold the number of experts of a token.
         intermediate_size: Attributes that may hold the experts' intermediate size.
+        head_norm: Whether its attention normalizes queries and keys for each head.
+        normalizes_top_k: Whether the routing weights of a token are made to add up to one, where
+            a config does not say so itself (``norm_topk_prob``).
     """
 
     name: str
@@ -66,6 +69,8 @@ class MoEFamily:
     num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
     num_experts_per_tok: tuple[str, ...] = ("num_experts_per_tok",)
     intermediate_size: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
+    head_norm: bool = True
+    normalizes_top_k: bool = False
 
     @property
     def projections(self) -> tuple[str, str, str]:
@@ -115,56 +120,75 @@ class MoEFamily:
         """Whether a name is that of a router's tensor."""
         return self._router_pattern.search(key) is not None
 
-    def excludes(self, path: str, exclusions: Collection[str]) -> bool:
+    def excludes(self, path: str, exclusions: Iterable[str]) -> bool:
         """Whether ``modules_to_not_convert`` leaves a module of a checkpoint as it is.
 
         A name holds for every module whose dotted path contains it, as in NxD
         (``quantization/quantization_utils.py`` for checkpoints, ``quantization/quantize.py`` for
-        modules). NxDI fuses a layer's experts, so theirs is decided for a fused weight as a whole:
-        a name holds where it is part of the path of the layer's experts in the checkpoint, of
-        each projection that is fused, or of the fused weight's own path among NxDI's modules.
+        modules). An expert's module is decided with all of its layer's.
 
         Args:
             path: The module's path in a checkpoint, with or without ``model.``, such as
-                ``model.layers.0.mlp.experts.3.gate_proj``.
+                ``model.layers.0.self_attn.q_proj``.
             exclusions: Names of either world, with or without ``model.``.
 
         Raises:
             ConfigurationError: A name is that of a part of what NxDI fuses, as one expert is.
         """
+        names = tuple(exclusions)
         expert = self.parse_expert_key(f"{path}.weight")
         if expert is None:
-            return any(_is_part_of(name, path) for name in exclusions)
-        fused, parts = next(
-            (fused, parts) for fused, parts in self.fused.items() if expert.projection in parts
-        )
-        layer = path.removesuffix(f"{expert.expert}.{expert.projection}")
-        module = f"{self.expert_mlps.format(layer=expert.layer)}.mlp_op.{fused}"
-        if any(
-            _is_part_of(name, layer)
-            or _is_part_of(name, module)
-            or all(_is_part_of(name, f".{part}") for part in parts)
-            for name in exclusions
-        ):
+            return any(_is_part_of(name, path) for name in names)
+        if self.excludes_experts(expert.layer, names):
             return True
-        for name in exclusions:
+        for name in names:
             if _is_part_of(name, path):
-                raise ConfigurationError(
-                    f"modules_to_not_convert: {name!r} names a part of what NxDI fuses into one "
-                    f"weight; name all experts of the layer, "
-                    f"{layer.removeprefix('model.').removesuffix('.')!r}"
-                )
+                raise self._part_of_fused(name, expert.layer)
         return False
+
+    def excludes_experts(self, layer: int, exclusions: Iterable[str]) -> bool:
+        """Whether ``modules_to_not_convert`` keeps a layer's experts in full precision.
+
+        NxDI fuses a layer's experts in one dtype, so it keeps all of them or none. A name may be
+        the checkpoint's (``layers.0.mlp.experts``) or that of NxDI's module
+        (``layers.0.mlp.expert_mlps``), or a part of either.
+
+        Raises:
+            ConfigurationError: A name is that of a part of what NxDI fuses, as ``down_proj`` is.
+        """
+        names = tuple(exclusions)
+        experts = f"model.{self.experts.format(layer=layer)}."
+        modules = f"{self.expert_mlps.format(layer=layer)}.mlp_op."
+        if any(_is_part_of(name, path) for name in names for path in (experts, modules)):
+            return True
+        sides = (
+            {part: [n for n in names if _is_part_of(n, f".{part}")] for part in self.projections},
+            # A name such as "gate" is a router's in a checkpoint, and no more than a syllable here.
+            {part: [n for n in names if n.rpartition(".")[2] == part] for part in self.fused},
+        )
+        for named in sides:
+            if all(named.values()):
+                return True
+            for found in named.values():
+                if found:
+                    raise self._part_of_fused(found[0], layer)
+        return False
+
+    def _part_of_fused(self, name: str, layer: int) -> ConfigurationError:
+        return ConfigurationError(
+            f"modules_to_not_convert: {name!r} names a part of what NxDI fuses, and it fuses a "
+            "layer's experts in one dtype; name all experts of the layer: "
+            f"{self.experts.format(layer=layer)!r}"
+        )
 
     def in_both_worlds(self, exclusions: Collection[str], layers: int) -> tuple[str, ...]:
         """Exclusions that say the same to what reads checkpoints and to what converts modules.
 
-        To each name, without ``model.``, are added the paths of the experts that it holds for:
-        ``layers.0.mlp.experts`` as a checkpoint has it and ``layers.0.mlp.expert_mlps`` as NxDI
-        has it, or the fused weight's own where it holds for that alone.
+        To the names, without ``model.``, are added those of each layer's experts that stay in
+        full precision: ``layers.0.mlp.experts`` and ``layers.0.mlp.expert_mlps``.
 
         Args:
-            exclusions: Names of either world; see :meth:`excludes`.
+            exclusions: Names of either world.
             layers: The model's number of layers.
 
         Raises:
@@ -172,17 +196,20 @@ class MoEFamily:
         """
         names = [name.removeprefix("model.") for name in exclusions]
         for layer in range(layers):
-            excluded = [
-                fused
-                for fused, parts in self.fused.items()
-                if self.excludes(_module(self.expert_key(layer, 0, parts[0])), exclusions)
-            ]
-            module = self.expert_mlps.format(layer=layer)
-            if len(excluded) == len(self.fused):
-                names += [self.experts.format(layer=layer), module]
-            else:
-                names += [f"{module}.mlp_op.{fused}" for fused in excluded]
+            if self.excludes_experts(layer, exclusions):
+                names.append(self.experts.format(layer=layer))
+                names.append(self.expert_mlps.format(layer=layer))
         return tuple(dict.fromkeys(names))
+
+    def layer_of_module(self, module: str) -> int | None:
+        """The layer that a module's dotted path lies in, if it is one of the fused experts."""
+        match = self._module_pattern.search(module)
+        return int(match["layer"]) if match else None
+
+    @cached_property
+    def _module_pattern(self) -> re.Pattern[str]:
+        path = re.escape(self.expert_mlps).replace(re.escape("{layer}"), r"(?P<layer>\d+)")
+        return re.compile(rf"(?:^|\.){path}(?:\.|$)")
 
     def experts_of(self, config: Any) -> int | None:
         """Number of experts in a layer, from a model's config; None if it has none."""
@@ -195,10 +222,6 @@ class MoEFamily:
     def experts_per_token_of(self, config: Any) -> int | None:
         """Number of experts that a token goes through, from a model's config."""
         return _first_int(config, self.num_experts_per_tok)
-
-
-def _module(key: str) -> str:
-    return key.rpartition(".")[0]
 
 
 def _is_part_of(name: str, path: str) -> bool:
@@ -223,7 +246,23 @@ QWEN3_MOE = MoEFamily(
     ),
 )
 
-BUILT_IN: tuple[MoEFamily, ...] = (QWEN3_MOE,)
+MIXTRAL = MoEFamily(
+    name="mixtral",
+    model_types=("mixtral",),
+    converter=(
+        "neuronx_distributed_inference.models.mixtral.modeling_mixtral"
+        ":convert_mixtral_to_neuron_state_dict"
+    ),
+    experts="layers.{layer}.block_sparse_moe.experts",
+    router="layers.{layer}.block_sparse_moe.gate",
+    gate="w1",
+    up="w3",
+    down="w2",
+    num_experts=("num_local_experts",),
+    intermediate_size=("intermediate_size",),
+)
+
+BUILT_IN: tuple[MoEFamily, ...] = (QWEN3_MOE, MIXTRAL)
 
 
 def family_of(model_type: str | None, families: Sequence[MoEFamily]) -> MoEFamily | None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import torch
 
+QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+"""The dtypes of a quantized weight that NxD knows and that have a scale per channel."""
+
 E4M3_MAX = 240.0
 """Largest magnitude that Neuron's E4M3 holds."""
 
@@ -22,6 +25,20 @@ _NAN_BYTE = 0x7F
 """The magnitude bits of NaN."""
 
 _ALL_BUT_TOP_EXPONENT_BIT = ~0x4000
+
+
+def scale_per_channel(values: torch.Tensor) -> torch.Tensor:
+    """The scale of each output channel of a weight.
+
+    Args:
+        values: ``[..., out, in]``, of any float dtype.
+
+    Returns:
+        ``[..., out, 1]``, ``torch.float32``; not finite where a channel has NaN or infinity.
+    """
+    # The largest magnitude, without a temporary as large as the weight.
+    largest = torch.maximum(values.amax(dim=-1, keepdim=True), -values.amin(dim=-1, keepdim=True))
+    return (largest.to(torch.float32) / E4M3_MAX).clamp_min(MIN_SCALE)
 
 
 def quantize_per_channel(
@@ -42,9 +59,7 @@ def quantize_per_channel(
     """
     values = torch.empty_like(weight, dtype=torch.float32) if scratch is None else scratch
     values.copy_(weight)
-    # The largest magnitude, without a temporary as large as the weight.
-    largest = torch.maximum(values.amax(dim=-1, keepdim=True), -values.amin(dim=-1, keepdim=True))
-    scale = (largest / E4M3_MAX).clamp_min(MIN_SCALE)
+    scale = scale_per_channel(values)
     # No clamp: a quotient is above 240 by a rounding error at most, and the cast rounds it to 240.
     values.div_(scale)
     quantized = torch.empty_like(weight, dtype=torch.float8_e4m3fn) if out is None else out
@@ -116,3 +131,8 @@ def _largest_magnitude_byte(weight: torch.Tensor) -> int:
     positive = int(weight.view(torch.int8).max())
     negative = int(weight.view(torch.uint8).max()) - 0x80
     return max(positive, negative)
+
+
+def is_quantized(weight: torch.Tensor) -> bool:
+    """Whether a weight holds quantized values, which mean nothing without their scale."""
+    return weight.dtype in QUANTIZED_DTYPES

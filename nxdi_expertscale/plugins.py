@@ -6,12 +6,11 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from nxdi_expertscale import hookspecs
-from nxdi_expertscale.errors import PluginError
 from nxdi_expertscale.families import MoEFamily
 
 if TYPE_CHECKING:
@@ -66,11 +65,11 @@ class PluginManager:
                 plugin = available[name].load()
             else:
                 known = ", ".join(sorted({*available, OWN_PLUGIN}))
-                self.problems.append(f"no plugin is named {name!r} (installed: {known})")
+                self._report(f"no plugin is named {name!r} (installed: {known})")
                 return
             self._pluggy.register(plugin, name=name)
-        except Exception as error:  # noqa: BLE001 -- a plugin may fail in any way
-            self.problems.append(f"plugin {name!r} failed to load: {_one_line(error)}")
+        except Exception as error:
+            self._report(f"plugin {name!r} failed to load: {_one_line(error)}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,28 +77,54 @@ class PluginManager:
         return tuple(name for name, _ in self._pluggy.list_name_plugin())
 
     def families(self) -> tuple[MoEFamily, ...]:
-        """Every family that the plugins contribute.
-
-        Raises:
-            PluginError: Two families claim the same model type or the same name.
-        """
-        found = [family for part in self._pluggy.hook.nxdi_moe_families() for family in part]
-        _refuse_doubles("model_type", [kind for family in found for kind in family.model_types])
-        _refuse_doubles("family name", [family.name for family in found])
-        return tuple(found)
+        """Every family that the plugins contribute; a model type is claimed by one only."""
+        found: dict[str, MoEFamily] = {}
+        for plugin, family in self._contributions("nxdi_moe_families"):
+            taken = [kind for other in found.values() for kind in other.model_types]
+            doubles = sorted({*family.model_types} & {*taken})
+            if family.name in found or doubles:
+                self._report(
+                    f"plugin {plugin!r}: its family {family.name!r} is left out, another one has "
+                    f"its name or claims {', '.join(doubles) or 'it'}"
+                )
+                continue
+            found[family.name] = family
+        return tuple(found.values())
 
     def patches(self) -> tuple[Patch, ...]:
         """Every patch that the plugins contribute."""
-        parts = self._pluggy.hook.nxdi_patches(families=self.families())
-        return tuple(patch for part in parts for patch in part)
+        contributions = self._contributions("nxdi_patches", families=self.families())
+        return tuple(patch for _, patch in contributions)
+
+    def _contributions(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
+        """What each plugin gives at a hook, with the plugin's name. One that fails is reported."""
+        found: list[tuple[str, Any]] = []
+        plugins = self._pluggy.list_name_plugin()
+        for name, plugin in plugins:
+            others = [other for _, other in plugins if other is not plugin]
+            call = self._pluggy.subset_hook_caller(hook, remove_plugins=others)
+            try:
+                found += [(name, item) for part in call(**arguments) for item in part]
+            except Exception as error:
+                self._report(f"plugin {name!r} failed: {_one_line(error)}")
+        return found
+
+    def _report(self, problem: str) -> None:
+        if problem not in self.problems:
+            self.problems.append(problem)
 
 
 def load_plugins() -> PluginManager:
-    """Load the plugins that ``NXDI_PLUGINS`` allows, with one line on stderr for each problem."""
-    manager = PluginManager(allowed_names())
-    for problem in manager.problems:
-        print(f"nxdi-expertscale: {problem}", file=sys.stderr)  # noqa: T201
-    return manager
+    """Load the plugins that ``NXDI_PLUGINS`` allows."""
+    return PluginManager(allowed_names())
+
+
+def print_problems(problems: Iterable[str]) -> None:
+    """Say what is wrong with the plugins, one line on stderr each: the program goes on."""
+    # There is no stderr in a process that was started with it closed.
+    if sys.stderr is not None:
+        for problem in problems:
+            print(f"nxdi-expertscale: {problem}", file=sys.stderr)  # noqa: T201
 
 
 def known_families() -> Sequence[MoEFamily]:
@@ -110,15 +135,6 @@ def known_families() -> Sequence[MoEFamily]:
 def _installed() -> dict[str, importlib.metadata.EntryPoint]:
     points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     return {point.name: point for point in points}
-
-
-def _refuse_doubles(what: str, values: Sequence[str]) -> None:
-    doubles = sorted({value for value in values if values.count(value) > 1})
-    if doubles:
-        raise PluginError(
-            f"{what} {doubles[0]!r} is claimed by two plugins; name the plugins to use in "
-            f"{ALLOW_LIST_VARIABLE}"
-        )
 
 
 def _one_line(error: BaseException) -> str:

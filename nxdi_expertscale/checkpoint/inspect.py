@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from nxdi_expertscale.checkpoint.manifest import MANIFEST, read_manifest
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores, for_each
 from nxdi_expertscale.checkpoint.pieces import row_ranges
 from nxdi_expertscale.checkpoint.source import CONFIG, TensorReader, open_checkpoint
-from nxdi_expertscale.checkpoint.values import ValueReader
-from nxdi_expertscale.checkpoint.weights import (
+from nxdi_expertscale.checkpoint.tensors import (
     Weight,
     check_architecture,
     read_weights,
     scheme_of,
 )
+from nxdi_expertscale.checkpoint.values import ValueReader
 from nxdi_expertscale.families import ExpertTensor, require_family
 from nxdi_expertscale.plugins import known_families
 
@@ -129,9 +129,7 @@ def _pieces(experts: list[Weight]) -> Iterator[tuple[Weight, ExpertTensor, range
                 yield weight, weight.expert, rows
 
 
-def _measure(
-    reader: ValueReader, weight: Weight, rows: range
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _measure(reader: ValueReader, weight: Weight, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and energy (sum of squares) of each row, ``[rows]`` float32."""
     values = reader.values(weight, rows)
     scale = fp8.scale_per_channel(values).squeeze(-1)
@@ -140,24 +138,23 @@ def _measure(
 
 
 def _spreads(
-    measured: dict[ExpertTensor, dict[int, tuple[torch.Tensor, torch.Tensor]]],
+    measured: Mapping[ExpertTensor, Mapping[int, tuple[torch.Tensor, torch.Tensor]]],
 ) -> Iterator[LayerSpread]:
-    layers: dict[int, dict[str, list[ExpertTensor]]] = defaultdict(lambda: defaultdict(list))
+    """Put the pieces of each layer together, ``[E, 1, channels]``, and compare its experts."""
+    layers: dict[int, dict[str, dict[int, ExpertTensor]]] = defaultdict(lambda: defaultdict(dict))
     for place in measured:
-        layers[place.layer][place.projection].append(place)
+        layers[place.layer][place.projection][place.expert] = place
     for layer, projections in sorted(layers.items()):
-        parts = []
-        for places in projections.values():
-            ordered = sorted(places, key=lambda place: place.expert)
-            rows = [[measured[place][start] for start in sorted(measured[place])] for place in ordered]
-            parts.append(
-                torch.stack(
-                    [
-                        torch.stack([torch.cat(column) for column in zip(*expert, strict=True)])
-                        for expert in rows
-                    ]
-                )
-            )
-        # [experts, 2, channels of gate, up and down]: scale and energy
-        scale, energy = torch.cat(parts, dim=-1).to(torch.float64).unbind(dim=1)
-        yield scales.spread(layer, scale, energy)
+        columns: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for experts in projections.values():
+            pieces = [measured[experts[expert]] for expert in sorted(experts)]
+            for column, of_layer in enumerate(columns):
+                rows = [torch.cat([piece[at][column] for at in sorted(piece)]) for piece in pieces]
+                of_layer.append(torch.stack(rows).unsqueeze(1))
+        scale, energy = (scales.fuse(column) for column in columns)
+        yield LayerSpread(
+            layer=layer,
+            spread=scales.spread(scale).median,
+            shared_scale_error=scales.error_of_average(scale, energy),
+            experts=tuple(scales.relative_to_average(scale).tolist()),
+        )

@@ -14,7 +14,7 @@ from typing import Any
 
 from nxdi_expertscale.checkpoint.source import Checkpoint
 from nxdi_expertscale.checkpoint.tensor_file import NewTensor, lay_out
-from nxdi_expertscale.checkpoint.weights import (
+from nxdi_expertscale.checkpoint.tensors import (
     FP8,
     SCALE_SUFFIX,
     Weight,

@@ -13,7 +13,7 @@ from nxdi_expertscale import fp8
 from nxdi_expertscale.checkpoint.pieces import as_rows
 from nxdi_expertscale.checkpoint.source import Checkpoint, TensorReader
 from nxdi_expertscale.checkpoint.tensor_file import StoredTensor
-from nxdi_expertscale.checkpoint.weights import FP8, BlockScale, Weight
+from nxdi_expertscale.checkpoint.tensors import FP8, BlockScale, Weight
 from nxdi_expertscale.errors import CheckpointError
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {

@@ -25,13 +25,13 @@ from nxdi_expertscale.checkpoint.source import (
     checked_file,
     open_checkpoint,
 )
+from nxdi_expertscale.checkpoint.tensors import Weight, check_architecture, read_weights
 from nxdi_expertscale.checkpoint.values import TORCH_DTYPES, ValueReader
-from nxdi_expertscale.checkpoint.weights import Weight, check_architecture, read_weights
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families import MoEFamily, require_family
 from nxdi_expertscale.plugins import known_families
 
-OUTSIDE_LAYERS = "embeddings and head"
+OUTSIDE_LAYERS = "head"
 """What stands for a layer where a tensor belongs to none."""
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -47,18 +47,18 @@ class Fault:
 
 @dataclass(frozen=True)
 class LayerError:
-    """How far a layer's weights are from the source's.
+    """How far a layer's quantized weights are from the source's.
 
     Attributes:
         layer: Its number, or :data:`OUTSIDE_LAYERS`.
-        snr_db: Signal to noise over all its tensors, in dB; None if they are equal.
-        worst_tensor: The tensor with the least; None if all are equal.
-        worst_snr_db: Its signal to noise, in dB.
+        snr_db: Signal to noise over all its quantized weights, in dB; None if they are equal.
+        worst_tensor: The weight with the least.
+        worst_snr_db: Its signal to noise, in dB; None if it is equal.
     """
 
     layer: str
     snr_db: float | None
-    worst_tensor: str | None
+    worst_tensor: str
     worst_snr_db: float | None
 
 
@@ -106,7 +106,6 @@ def verify_checkpoint(
     cores = workers or available_cores()
     records = (*manifest.shards, *manifest.files)
     faults = _check_files(path.resolve(), records, cores)
-    quantized = 0
     layers: tuple[LayerError, ...] = ()
     try:
         checkpoint = open_checkpoint(path)
@@ -255,13 +254,16 @@ def _compare(
             weight, rows = piece
             name = weight.tensor.name
             fault = _fault_of(our_values, weight, rows)
+            if fault is None:
+                reference = their_values.values(partner[name], rows)
+                values = our_values.values(weight, rows)
+                if weight.scale is not None:
+                    signal[name].append(_energy(reference))
+                    noise[name].append(_energy(values.sub_(reference)))
+                elif not torch.equal(values, _rounded(reference, weight)):
+                    fault = "is not quantized, and differs from the source"
             if fault is not None:
                 faults[name] = fault
-            else:
-                reference = their_values.values(partner[name], rows)
-                difference = our_values.values(weight, rows).sub_(reference)
-                signal[name].append(_energy(reference))
-                noise[name].append(_energy(difference))
             meter.add(_nbytes(weight, rows))
 
         for_each(compare, _pieces([our for our, _ in readable]), workers)
@@ -269,15 +271,11 @@ def _compare(
         {name: math.fsum(parts) for name, parts in signal.items()},
         {name: math.fsum(parts) for name, parts in noise.items()},
     )
-    found = [Fault(name, faults[name]) for name in sorted(faults)]
-    for name, parts in noise.items():
-        if partner[name].scale is None and _is_kept(ours, name) and math.fsum(parts) > 0:
-            found.append(Fault(name, "was not quantized, and differs from the source"))
-    return found, layers
+    return [Fault(name, faults[name]) for name in sorted(faults)], layers
 
 
-def _is_kept(checkpoint: Checkpoint, name: str) -> bool:
-    return f"{name}_scale" not in checkpoint.tensors
+def _rounded(values: torch.Tensor, weight: Weight) -> torch.Tensor:
+    return values.to(TORCH_DTYPES[weight.tensor.dtype]).to(torch.float32)
 
 
 def _energy(values: torch.Tensor) -> float:
@@ -295,19 +293,15 @@ def _layer_errors(
     errors = []
     for layer in sorted(layers, key=lambda layer: (not layer.isdigit(), layer.zfill(9))):
         names = layers[layer]
-        worst = min(names, key=lambda name: _snr(signal[name], noise[name]))
-        worst_snr = _snr(signal[worst], noise[worst])
+        snrs = {name: _snr(signal[name], noise[name]) for name in names}
+        worst = min(names, key=snrs.__getitem__)
         snr = _snr(math.fsum(signal[n] for n in names), math.fsum(noise[n] for n in names))
-        exact = math.isinf(worst_snr)
-        errors.append(
-            LayerError(
-                layer,
-                None if math.isinf(snr) else snr,
-                None if exact else worst,
-                None if exact else worst_snr,
-            )
-        )
+        errors.append(LayerError(layer, _finite(snr), worst, _finite(snrs[worst])))
     return tuple(errors)
+
+
+def _finite(value: float) -> float | None:
+    return None if math.isinf(value) else value
 
 
 def _snr(signal: float, noise: float) -> float:

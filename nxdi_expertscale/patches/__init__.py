@@ -1,14 +1,31 @@
-"""The plugin ``expertscale`` itself: the built-in families, and one module for each seam."""
+"""The plugin ``expertscale`` itself: the built-in families, and one module for each seam.
+
+This package is the only place that knows NxDI's modules. Its modules import neither torch nor
+NxDI when they are imported: they are loaded by ``import nxdi_expertscale``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from nxdi_expertscale.activation import Patch
 from nxdi_expertscale.families import BUILT_IN, MoEFamily
 from nxdi_expertscale.hookspecs import hookimpl
+from nxdi_expertscale.patches import config, inference_demo, model_wrapper, state_dict
 
 
 @hookimpl
 def nxdi_moe_families() -> Iterable[MoEFamily]:
     """Contribute the families that are built in."""
     return BUILT_IN
+
+
+@hookimpl
+def nxdi_patches(families: Sequence[MoEFamily]) -> Iterable[Patch]:
+    """Contribute the patches, those of the state dict for every family there is."""
+    return [
+        *config.patches(families),
+        *model_wrapper.patches(families),
+        *state_dict.patches(families),
+        *inference_demo.patches(),
+    ]

@@ -1,0 +1,186 @@
+"""What ``expert_wise_scale`` asks of a configuration, checked before anything is compiled.
+
+The configurations are upstream's objects, read by attribute (``NeuronConfig`` and
+``InferenceConfig`` of ``neuronx_distributed_inference/models/config.py``). Releases differ in the
+attributes that they have; one that is absent is a feature that this release has not.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from nxdi_expertscale.errors import ConfigurationError
+from nxdi_expertscale.families import MoEFamily
+
+_logger = logging.getLogger("nxdi_expertscale")
+
+NAME = "expert_wise_scale"
+PER_CHANNEL = "per_channel_symmetric"
+EXPERT_WISE = "expert_wise_per_channel_symmetric"
+
+
+def parse(value: object) -> bool:
+    """The flag's value, which must be a boolean.
+
+    Raises:
+        ConfigurationError: It is something else, such as the string ``"true"``.
+    """
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{NAME} must be true or false, not {value!r}")
+    return value
+
+
+def is_on(neuron_config: Any) -> bool:
+    """Whether a neuron config asks for one scale per expert."""
+    return getattr(neuron_config, NAME, False) is True
+
+
+def is_quantized(neuron_config: Any) -> bool:
+    """Whether the model that this neuron config describes is loaded quantized."""
+    return bool(
+        getattr(neuron_config, "quantized", False)
+        or getattr(neuron_config, "quantized_mlp_kernel_enabled", False)
+    )
+
+
+def quantization_type(neuron_config: Any) -> str:
+    """The quantization type by its name, whether upstream holds it as a string or an enum."""
+    value = getattr(neuron_config, "quantization_type", PER_CHANNEL)
+    return str(getattr(value, "value", value))
+
+
+def fuses_expert_wise(neuron_config: Any) -> bool:
+    """Whether the experts' scales are kept apart: by the flag, or by upstream's own type."""
+    return is_on(neuron_config) or quantization_type(neuron_config) == EXPERT_WISE
+
+
+def exclusions(neuron_config: Any) -> tuple[str, ...]:
+    """Names of the modules that stay in full precision, ``modules_to_not_convert``."""
+    return tuple(getattr(neuron_config, "modules_to_not_convert", None) or ())
+
+
+def check_neuron_config(neuron_config: Any) -> None:
+    """Check what needs only the neuron config.
+
+    Raises:
+        ConfigurationError: The flag is on together with another quantization type.
+    """
+    if not is_on(neuron_config):
+        return
+    if not is_quantized(neuron_config):
+        _logger.warning("%s has no effect: the model is not quantized (quantized=False)", NAME)
+        return
+    found = quantization_type(neuron_config)
+    if found != PER_CHANNEL:
+        raise ConfigurationError(
+            f"{NAME}=True needs quantization_type={PER_CHANNEL!r}, not {found!r}: the experts "
+            "then get one scale per expert, everything else stays per-channel"
+        )
+
+
+def check_model(
+    neuron_config: Any, model_config: Any, family: MoEFamily | None, *, on_cpu: bool
+) -> None:
+    """Check what needs the model as well: its experts, top-k, batch and parallelism.
+
+    Args:
+        neuron_config: NxDI's ``NeuronConfig``.
+        model_config: NxDI's ``InferenceConfig``, or whatever holds the model's sizes.
+        family: The model's family; None for a dense model, which is left alone.
+        on_cpu: Whether the model runs on a CPU, without NKI kernels.
+
+    Raises:
+        ConfigurationError: The model could not run; the message says what to set instead.
+    """
+    if family is None or not is_on(neuron_config) or not is_quantized(neuron_config):
+        return
+    experts = family.experts_of(model_config)
+    top_k = family.experts_per_token_of(model_config)
+    if experts is not None and top_k is not None:
+        _check_token_generation(neuron_config, experts, top_k)
+    if not on_cpu:
+        _check_logical_nc(neuron_config)
+
+
+def expert_parallel_degree(neuron_config: Any) -> int:
+    """Expert-parallel degree in token generation.
+
+    Hybrid sharding has one of its own for it (``HybridShardingConfig.moe_tkg_ep_degree``).
+    """
+    hybrid = getattr(neuron_config, "hybrid_sharding_config", None)
+    if hybrid is not None:
+        return int(getattr(hybrid, "moe_tkg_ep_degree", 1))
+    return max(
+        int(getattr(neuron_config, "moe_ep_degree", None) or 1),
+        int(getattr(neuron_config, "ep_degree", None) or 1),
+    )
+
+
+def _check_token_generation(neuron_config: Any, experts: int, top_k: int) -> None:
+    # Upstream: neuronx_distributed/modules/moe/expert_mlps_v2.py, forward. Fewer chosen experts
+    # than there are makes it load them selectively, which expert parallelism cannot.
+    degree = expert_parallel_degree(neuron_config)
+    batch = _token_generation_batch(neuron_config)
+    if degree <= 1 or batch * top_k >= experts:
+        return
+    smallest = math.ceil(experts / top_k)
+    raise ConfigurationError(
+        f"{NAME}=True with expert parallelism (degree {degree}): a token-generation batch of "
+        f"{batch} with {top_k} of {experts} experts per token would load experts selectively, "
+        f"which expert parallelism cannot; use a batch_size of at least {smallest}, or "
+        "moe_ep_degree=1"
+    )
+
+
+def _token_generation_batch(neuron_config: Any) -> int:
+    chunked = getattr(neuron_config, "chunked_prefill_config", None)
+    sequences = getattr(chunked, "max_num_seqs", None)
+    if sequences:
+        return int(sequences)
+    batch = getattr(neuron_config, "tkg_batch_size", None)
+    return int(batch or getattr(neuron_config, "batch_size", None) or 1)
+
+
+def _check_logical_nc(neuron_config: Any) -> None:
+    # Upstream: expert_mlps_v2.py, forward_blockwise, asserts 2 for expert-wise scales.
+    if not _uses_blockwise_kernel(neuron_config):
+        return
+    blockwise = getattr(neuron_config, "blockwise_matmul_config", None)
+    for holder, setting in (
+        (blockwise, "blockwise_matmul_config.logical_nc_config"),
+        (neuron_config, "logical_nc_config"),
+    ):
+        cores = getattr(holder, "logical_nc_config", 2)
+        if cores != 2:
+            raise ConfigurationError(
+                f"{NAME}=True needs {setting}=2, not {cores}: the blockwise kernel knows one "
+                "scale per expert on two logical cores only; set it to 2 (also "
+                "NEURON_LOGICAL_NC_CONFIG, if it is set), or set "
+                'blockwise_matmul_config={"use_torch_block_wise": True}'
+            )
+
+
+def _uses_blockwise_kernel(neuron_config: Any) -> bool:
+    blockwise = getattr(neuron_config, "blockwise_matmul_config", None)
+    return bool(
+        getattr(neuron_config, "capacity_factor", None) is None
+        and getattr(neuron_config, "glu_mlp", True)
+        and not getattr(blockwise, "use_torch_block_wise", False)
+    )
+
+
+def family_of_model(model_config: Any, families: Sequence[MoEFamily]) -> MoEFamily | None:
+    """The family that a model's config belongs to, or None for a dense or unknown model.
+
+    By its ``model_type``; where there is none, by the upstream module that defines its class.
+    """
+    model_type = getattr(model_config, "model_type", None)
+    modules = {parent.__module__ for parent in type(model_config).__mro__}
+    for family in families:
+        by_type = model_type in family.model_types
+        if by_type or (not model_type and family.converter.partition(":")[0] in modules):
+            return family
+    return None

@@ -1,0 +1,27 @@
+"""The names of the seams, and which of them a user of the feature cannot do without."""
+
+from __future__ import annotations
+
+from nxdi_expertscale.families import MoEFamily
+
+CONFIG = "config"
+INFERENCE_CONFIG = "inference_config"
+FLAG_GUARD = "flag_guard"
+QUANTIZATION = "quantization"
+LOAD_MODULE = "load_module"
+INFERENCE_DEMO = "inference_demo"
+
+
+def state_dict(family: MoEFamily) -> str:
+    """Name of the seam at which a family's state dict is converted."""
+    return f"state_dict:{family.name}"
+
+
+def needed_by_config() -> tuple[str, ...]:
+    """The seams that every model needs."""
+    return (CONFIG, INFERENCE_CONFIG, QUANTIZATION, LOAD_MODULE)
+
+
+def needed_by_model(family: MoEFamily) -> tuple[str, ...]:
+    """The seams that a model of this family needs."""
+    return (*needed_by_config(), state_dict(family))

@@ -1,0 +1,256 @@
+"""The seam where NxDI fuses a family's experts: ``convert_…_to_neuron_state_dict``.
+
+Upstream fuses the weights and knows nothing of scales. Around it, the scales are taken out, and
+put in again fused as the weights are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from nxdi_expertscale import flag
+from nxdi_expertscale.activation import FEATURE, Patch, mentions, require
+from nxdi_expertscale.errors import CheckpointError, ConfigurationError, IncompatibleUpstreamError
+from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.patches import seams
+
+if TYPE_CHECKING:
+    import torch
+
+    from nxdi_expertscale.expert_scales import LayerScales
+
+_logger = logging.getLogger("nxdi_expertscale")
+
+
+def patches(families: Sequence[MoEFamily]) -> list[Patch]:
+    """One patch for each family's converter."""
+    return [_patch(family) for family in families]
+
+
+def _patch(family: MoEFamily) -> Patch:
+    module, _, converter = family.converter.partition(":")
+    return Patch(
+        seam=seams.state_dict(family),
+        module=module,
+        attribute=converter,
+        wrapper=_fusing_scales(family),
+        misfit=lambda module: _misfit(module, converter),
+        native=lambda module: mentions(getattr(module, converter), FEATURE),
+    )
+
+
+def _misfit(module: ModuleType, converter: str) -> str | None:
+    try:
+        inspect.signature(getattr(module, converter)).bind({}, None)
+    except TypeError as error:
+        return f"{converter} is not called with (state dict, config): {error}"
+    callers = [
+        method
+        for owner in vars(module).values()
+        if isinstance(owner, type) and owner.__module__ == module.__name__
+        for method in (owner.__dict__.get("convert_hf_to_neuron_state_dict"),)
+        if method is not None
+    ]
+    if not any(mentions(caller, converter) for caller in callers):
+        return f"no convert_hf_to_neuron_state_dict of {module.__name__} calls {converter}"
+    return None
+
+
+def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
+    def convert(
+        wrapped: Callable[..., dict[str, torch.Tensor]],
+        _: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> dict[str, torch.Tensor]:
+        bound = inspect.signature(wrapped).bind(*args, **kwargs)
+        state_dict, config = bound.arguments.values()
+        neuron_config = config.neuron_config
+        if not flag.is_quantized(neuron_config):
+            return wrapped(*args, **kwargs)
+        if flag.is_on(neuron_config):
+            flag.check_neuron_config(neuron_config)
+            require(seams.needed_by_model(family))
+        layers = take_out_scales(state_dict, config, family)
+        converted = wrapped(*args, **kwargs)
+        put_in_scales(converted, layers, neuron_config, family)
+        return converted
+
+    return convert
+
+
+def take_out_scales(
+    state_dict: dict[str, torch.Tensor], config: Any, family: MoEFamily
+) -> list[LayerScales]:
+    """Check and take the experts' scales out of a state dict, and dequantize its routers.
+
+    Nothing is changed before everything is checked.
+
+    Raises:
+        CheckpointError: The state dict is malformed; the message names the tensor.
+        ConfigurationError: It does not fit the config's dtype or exclusions.
+    """
+    from nxdi_expertscale import expert_scales
+
+    experts = family.experts_of(config)
+    if experts is None:
+        raise ConfigurationError(
+            f"the config of a {family.name} model has none of {', '.join(family.num_experts)}"
+        )
+    check_range = _range_is_unchecked(config.neuron_config)
+    found = [
+        expert_scales.collect(state_dict, family, layer, experts, check_range=check_range)
+        for layer in range(config.num_hidden_layers)
+    ]
+    layers = [layer for layer in found if layer is not None]
+    _check_against_config(state_dict, layers, config.neuron_config, family)
+    routers = _dequantized_routers(state_dict, config, family)
+    for key, weight in routers.items():
+        state_dict[key] = weight
+        del state_dict[_scale_name(key)]
+    for layer in layers:
+        for key in layer.consumed:
+            del state_dict[key]
+    return layers
+
+
+def put_in_scales(
+    converted: dict[str, torch.Tensor],
+    layers: Sequence[LayerScales],
+    neuron_config: Any,
+    family: MoEFamily,
+) -> None:
+    """Put the scales beside the fused weights: one per expert, or their average.
+
+    Raises:
+        IncompatibleUpstreamError: Upstream did not fuse the weights as it is known to.
+    """
+    from nxdi_expertscale import scales
+
+    expert_wise = flag.fuses_expert_wise(neuron_config)
+    if layers and not expert_wise:
+        _warn_of_averaging(layers)
+    for layer in layers:
+        for fused, scale in layer.fused.items():
+            weight = converted.get(family.fused_key(layer.layer, fused))
+            key = family.fused_key(layer.layer, fused, "scale")
+            if weight is None or weight.dim() != 3 or weight.shape[0] != scale.shape[0]:
+                shape = None if weight is None else list(weight.shape)
+                raise IncompatibleUpstreamError(
+                    f"{key}: NxDI gave a fused weight of shape {shape}, where "
+                    f"[{scale.shape[0]}, in, out] was expected; this release is not supported"
+                )
+            layout = scale if expert_wise else scales.average(scale)
+            try:
+                converted[key] = scales.pad(layout, weight.shape[2], len(family.fused[fused]))
+            except ValueError as error:
+                raise IncompatibleUpstreamError(f"{key}: {error}") from error
+
+
+def _warn_of_averaging(layers: Sequence[LayerScales]) -> None:
+    from nxdi_expertscale import scales
+
+    spreads = [scales.spread(scale) for layer in layers for scale in layer.fused.values()]
+    largest = max(spread.largest for spread in spreads)
+    median = sorted(spread.median for spread in spreads)[len(spreads) // 2]
+    _logger.warning(
+        "the experts' scales are averaged, because %s is off: they lie a factor of %.1f apart "
+        "(median over channels; %.1f at most), and the model may answer nonsense. Set %s=True",
+        flag.NAME,
+        median,
+        largest,
+        flag.NAME,
+    )
+
+
+def _check_against_config(
+    state_dict: dict[str, torch.Tensor],
+    layers: Sequence[LayerScales],
+    neuron_config: Any,
+    family: MoEFamily,
+) -> None:
+    from nxdi_expertscale import fp8
+
+    excluded = flag.exclusions(neuron_config)
+    for layer in layers:
+        if family.excludes_experts(layer.layer, excluded):
+            raise ConfigurationError(
+                f"{layer.consumed[0]}: layer {layer.layer}'s experts are quantized in the "
+                f"checkpoint, and modules_to_not_convert keeps them in full precision; remove "
+                "the exclusion, or quantize the checkpoint with it"
+            )
+    for key, weight in state_dict.items():
+        path, _, suffix = key.rpartition(".")
+        if suffix != "weight" or not fp8.is_quantized(weight) or family.is_router_key(key):
+            continue
+        if f"{path}.scale" in state_dict and any(name in path for name in excluded):
+            raise ConfigurationError(
+                f"{key}: it is quantized in the checkpoint, and modules_to_not_convert keeps its "
+                "module in full precision; remove the exclusion, or quantize the checkpoint "
+                "with it"
+            )
+    if layers:
+        first = family.expert_key(layers[0].layer, 0, family.gate)
+        _check_dtype(first, state_dict[first], neuron_config)
+
+
+def _check_dtype(key: str, weight: torch.Tensor, neuron_config: Any) -> None:
+    wanted = getattr(neuron_config, "quantization_dtype", None)
+    if wanted is None:
+        return
+    from neuronx_distributed.quantization.quantization_config import QuantizedDtype
+
+    dtype = QuantizedDtype.get_dtype(wanted) if isinstance(wanted, str) else wanted
+    dtype = getattr(dtype, "value", dtype)
+    if weight.dtype != dtype:
+        raise ConfigurationError(
+            f"{key}: its dtype is {weight.dtype}, and quantization_dtype={wanted!r} makes NxDI "
+            f"read it as {dtype}; set quantization_dtype='f8e4m3' for an FP8 checkpoint"
+        )
+
+
+def _dequantized_routers(
+    state_dict: dict[str, torch.Tensor], config: Any, family: MoEFamily
+) -> dict[str, torch.Tensor]:
+    """The routers that a checkpoint has quantized, in the model's own dtype, by their names."""
+    from nxdi_expertscale import fp8, scales
+
+    routers = {}
+    for layer in range(config.num_hidden_layers):
+        key = family.router_key(layer)
+        weight = state_dict.get(key)
+        if weight is None or not fp8.is_quantized(weight):
+            continue
+        scale = state_dict.get(_scale_name(key))
+        if scale is None:
+            raise CheckpointError(
+                f"{_scale_name(key)}: missing, and the router's weight is {weight.dtype}; make "
+                "the checkpoint again with 'nxdi-expertscale quantize'"
+            )
+        try:
+            per_channel = scales.channel_scale(scale, weight.shape[0])
+        except ValueError as error:
+            raise CheckpointError(f"{_scale_name(key)}: {error}") from error
+        if scales.first_invalid(per_channel.unsqueeze(0)) is not None:
+            raise CheckpointError(f"{_scale_name(key)}: a scale must be finite and positive")
+        values = fp8.dequantize(weight, per_channel.T)
+        routers[key] = values.to(getattr(config.neuron_config, "torch_dtype", values.dtype))
+    if routers:
+        _logger.warning(
+            "%d routers are quantized in the checkpoint and were dequantized; quantize it with "
+            "'nxdi-expertscale quantize', which leaves routers as they are",
+            len(routers),
+        )
+    return routers
+
+
+def _scale_name(weight_key: str) -> str:
+    return weight_key.removesuffix("weight") + "scale"
+
+
+def _range_is_unchecked(_neuron_config: Any) -> bool:
+    return True

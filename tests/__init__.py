@@ -1,0 +1,1 @@
+"""The tests: ``unit`` on pure functions, ``upstream`` through NxDI, ``cli`` on the commands."""

@@ -1,0 +1,56 @@
+"""Every test here runs once for each target, in the process of that target."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.upstream import models, targets, workers
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    here = os.environ.get(workers.TARGET_VARIABLE)
+    if here is not None:
+        targets.all_targets()[here].prepare()
+    descriptor = os.environ.pop(workers.REPORTS_VARIABLE, None)
+    if descriptor is not None:
+        config.pluginmanager.register(workers.ReportWriter(config, int(descriptor)))
+    config.pluginmanager.register(workers.Dispatcher(here))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target_name" in metafunc.fixturenames:
+        metafunc.parametrize("target_name", list(targets.all_targets()), scope="session")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def target(target_name: str) -> targets.Target:
+    """The NxDI that can be imported in this process."""
+    return targets.all_targets()[target_name]
+
+
+@pytest.fixture(scope="session")
+def one_rank(target: targets.Target, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """NxD's parallel state for a single rank."""
+    from tests.upstream import ranks
+
+    with ranks.parallel_state(0, 1, tmp_path_factory.mktemp("rank") / "store"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def nxdi(one_rank: None) -> ModuleType:
+    """The steps through NxDI, with a parallel state of one rank."""
+    from tests.upstream import running
+
+    return running
+
+
+@pytest.fixture(scope="session")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 MoE whose experts differ in magnitude by a factor of 16."""
+    return models.save_qwen3_moe(tmp_path_factory.mktemp("models") / "moe", spread=16.0)

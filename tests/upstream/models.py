@@ -1,0 +1,83 @@
+"""Small Hugging Face models on disk, with random weights and sizes that NxDI takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+LAYERS = 2
+EXPERTS = 8
+HIDDEN_SIZE = 64
+MOE_INTERMEDIATE_SIZE = 32
+SEQUENCE = 16
+"""Length of the prompts, and of the bucket that they go through."""
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": HIDDEN_SIZE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+}
+
+
+def save_qwen3_moe(folder: Path, *, spread: float = 1.0, experts: int = EXPERTS) -> Path:
+    """Write a Qwen3 MoE.
+
+    Args:
+        folder: The folder to write, not there yet.
+        spread: The factor between the weights of the smallest and of the largest expert.
+        experts: Number of experts in each layer, of which a token goes through two.
+    """
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        **_COMMON,
+        moe_intermediate_size=MOE_INTERMEDIATE_SIZE,
+        num_experts=experts,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for number, expert in enumerate(layer.mlp.experts):
+                factor = spread ** (number / (experts - 1))
+                for projection in (expert.gate_proj, expert.up_proj, expert.down_proj):
+                    projection.weight.mul_(factor / spread)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_qwen3(folder: Path) -> Path:
+    """Write a dense Qwen3, which can draft for the Qwen3 MoE."""
+    torch.manual_seed(1)
+    model = Qwen3ForCausalLM(Qwen3Config(**_COMMON, intermediate_size=96))
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """Read a model with Hugging Face, in float32: the reference."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+def prompt() -> torch.Tensor:
+    """Tokens as long as the bucket, ``[1, SEQUENCE]``."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(1, _COMMON["vocab_size"], (1, SEQUENCE), generator=generator)

@@ -1,0 +1,183 @@
+"""A model's way through NxDI on a CPU: quantize, convert, build, shard, load, run.
+
+The steps are those that NxDI takes on the device, called one by one because its own CPU mode
+(``to_cpu``) leaves out the quantization of the modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from neuronx_distributed.trace.trace import get_sharded_checkpoint
+from neuronx_distributed_inference.models.config import MoENeuronConfig
+from neuronx_distributed_inference.models.model_wrapper import DecoderModelInstance
+from neuronx_distributed_inference.models.qwen3_moe.modeling_qwen3_moe import (
+    NeuronQwen3MoeForCausalLM,
+    Qwen3MoeInferenceConfig,
+)
+from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
+
+from tests.upstream import models
+
+FP8: dict[str, Any] = {
+    "quantized": True,
+    "quantization_type": "per_channel_symmetric",
+    "quantization_dtype": "f8e4m3",
+}
+"""What a user writes for FP8; NxDI's own defaults are int8 with one scale for a tensor."""
+
+ROUTER = "mlp.gate"
+"""What has to be in ``modules_to_not_convert``, or the router is quantized too."""
+
+_NOT_IN_CHECKPOINTS = ("kv_mgr.", ".rank_util.rank")
+
+
+def inference_config(checkpoint: Path, **settings: Any) -> Any:
+    """NxDI's config of a model.
+
+    Args:
+        checkpoint: Folder of the Hugging Face model.
+        settings: Keywords of ``MoENeuronConfig``, beside those that every test needs.
+    """
+    neuron_config = MoENeuronConfig(
+        **{
+            "batch_size": 1,
+            "seq_len": models.SEQUENCE,
+            "max_context_length": models.SEQUENCE,
+            "torch_dtype": torch.float32,
+            **settings,
+        }
+    )
+    return Qwen3MoeInferenceConfig(
+        neuron_config, load_config=load_pretrained_config(str(checkpoint))
+    )
+
+
+def quantize(
+    checkpoint: Path, folder: Path, *, not_converted: Sequence[str] = (ROUTER,), **settings: Any
+) -> dict[str, Any]:
+    """Quantize a model with NxDI's own step.
+
+    Args:
+        checkpoint: Folder of the Hugging Face model.
+        folder: Where the quantized state dict goes; made if it is not there.
+        not_converted: What stays in full precision.
+        settings: Further keywords of ``MoENeuronConfig``.
+
+    Returns:
+        The keywords of ``MoENeuronConfig`` with which the result is loaded.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    quantized = {
+        **FP8,
+        "quantized_checkpoints_path": str(folder),
+        "modules_to_not_convert": list(not_converted),
+        **settings,
+    }
+    config = inference_config(checkpoint, **quantized)
+    NeuronQwen3MoeForCausalLM.save_quantized_state_dict(str(checkpoint), config)
+    return quantized
+
+
+@dataclass
+class LoadedModel:
+    """A model as NxDI would trace it, with its weights."""
+
+    module: Any
+    state_dict: dict[str, torch.Tensor]
+    """The converted state dict, before it was cut for the rank."""
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits of the last token, ``[1, vocab]``, for tokens as long as the bucket."""
+        tokens = tokens.to(torch.int32)
+        positions = torch.arange(tokens.shape[1], dtype=torch.int32)[None]
+        with torch.no_grad():
+            outputs = self.module(
+                tokens,
+                torch.ones_like(tokens),
+                positions,
+                torch.zeros(1, dtype=torch.int32),
+                torch.ones(1, 3),
+            )
+        logits: torch.Tensor = outputs[0]
+        return logits[:, -1]
+
+    def moe_output(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Output of a layer's MoE block for an input ``[1, tokens, hidden]``."""
+        with torch.no_grad():
+            output: torch.Tensor = self.module.layers[layer].mlp(hidden_states)[0]
+        return output
+
+
+def load(checkpoint: Path, *, rank: int = 0, **settings: Any) -> LoadedModel:
+    """Convert, build, shard and load a model.
+
+    Args:
+        checkpoint: Folder of the Hugging Face model.
+        rank: Which of the ``tp_degree`` ranks this process is.
+        settings: Keywords of ``MoENeuronConfig``.
+
+    Raises:
+        AssertionError: The state dict and the module do not have the same tensors.
+    """
+    config = inference_config(checkpoint, **settings)
+    application = NeuronQwen3MoeForCausalLM(str(checkpoint), config)
+    instance = DecoderModelInstance(
+        model_cls=NeuronQwen3MoeForCausalLM._model_cls, config=application.models[0].config
+    )
+    instance.load_module()
+    state_dict = application.checkpoint_loader_fn()
+    module = instance.module
+    load_weights(module, state_dict, rank=rank, ranks=config.neuron_config.tp_degree)
+    return LoadedModel(module, state_dict)
+
+
+def load_weights(
+    module: Any, state_dict: dict[str, torch.Tensor], *, rank: int = 0, ranks: int = 1
+) -> None:
+    """Cut a converted state dict for a rank, and load it.
+
+    Raises:
+        AssertionError: The state dict and the module do not have the same tensors.
+    """
+    shard = dict(state_dict)
+    get_sharded_checkpoint(shard, module, rank, ranks)
+    result = module.load_state_dict(shard, strict=False)
+    missing = [
+        name
+        for name in result.missing_keys
+        if not any(part in name for part in _NOT_IN_CHECKPOINTS)
+    ]
+    assert (missing, result.unexpected_keys) == ([], [])
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Norm of the difference, as a share of the reference's norm."""
+    return float((value - reference).norm() / reference.norm())
+
+
+def moe_errors(checkpoint: Path, loaded: LoadedModel) -> list[float]:
+    """Error of each layer's MoE output against Hugging Face, given the same input.
+
+    Args:
+        checkpoint: Folder of the Hugging Face model, the reference.
+        loaded: The model as NxDI runs it.
+    """
+    reference = models.load(checkpoint)
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for number, layer in enumerate(reference.model.layers):
+
+        def keep(_: Any, inputs: Any, outputs: Any, number: int = number) -> None:
+            seen[number] = (inputs[0], outputs[0])
+
+        layer.mlp.register_forward_hook(keep)
+    with torch.no_grad():
+        reference(models.prompt())
+    return [
+        relative_error(loaded.moe_output(number, given), expected)
+        for number, (given, expected) in sorted(seen.items())
+    ]

@@ -1,0 +1,83 @@
+"""What the tests run on: the double, and the releases of NxDI whose sources are at hand."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.upstream import standins
+
+UPSTREAM_VARIABLE = "NXDI_EXPERTSCALE_UPSTREAM"
+DOUBLE = "double"
+SEED = "pr35"
+_SEED_BASE = "0.7"
+"""The release that the seed's pull request was written on."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One NxDI and the NxD that belongs to it.
+
+    Attributes:
+        name: ``double``, or the number of a release.
+        paths: Folders that hold ``neuronx_distributed_inference`` and ``neuronx_distributed``.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+
+    @property
+    def is_double(self) -> bool:
+        """Whether it is the double rather than real sources."""
+        return self.name == DOUBLE
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """The release as numbers; the double stands for the newest one."""
+        return (0, 9) if self.is_double else tuple(int(part) for part in self.name.split("."))
+
+    def prepare(self) -> None:
+        """Make it importable in this process, which can then import no other."""
+        os.environ["NXD_CPU_MODE"] = "1"
+        standins.install()
+        sys.path[:0] = [str(path) for path in self.paths]
+
+
+def _upstream_folder() -> Path | None:
+    value = os.environ.get(UPSTREAM_VARIABLE)
+    return Path(value).resolve() if value else None
+
+
+def _release(folder: Path) -> Target | None:
+    paths = (folder / "nxdi" / "src", folder / "nxd" / "src")
+    return Target(folder.name, paths) if all(path.is_dir() for path in paths) else None
+
+
+def all_targets() -> dict[str, Target]:
+    """The double, and each release in the folder that the environment names.
+
+    Raises:
+        FileNotFoundError: The folder is named and holds no release.
+    """
+    found = {DOUBLE: Target(DOUBLE, (Path(__file__).parent / "double",))}
+    folder = _upstream_folder()
+    if folder is not None:
+        releases = [_release(child) for child in sorted(folder.glob("*.*"))]
+        found |= {release.name: release for release in releases if release is not None}
+        if len(found) == 1:
+            raise FileNotFoundError(
+                f"{UPSTREAM_VARIABLE}={folder} holds no release, such as 0.9/nxdi/src and "
+                "0.9/nxd/src"
+            )
+    return found
+
+
+def seed() -> Target | None:
+    """The seed's pull request with the NxD of its release, if both are at hand."""
+    folder = _upstream_folder()
+    if folder is None:
+        return None
+    paths = (folder / SEED / "nxdi" / "src", folder / _SEED_BASE / "nxd" / "src")
+    return Target(_SEED_BASE, paths) if all(path.is_dir() for path in paths) else None
