@@ -16,7 +16,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from nxdi_expertscale.errors import IncompatibleUpstreamError
-from nxdi_expertscale.importing import ImportWatcher, is_loaded
+from nxdi_expertscale.importing import ImportWatcher, is_loaded, name_of
 from nxdi_expertscale.patching import Installation, Place, Wrapper, find
 from nxdi_expertscale.plugins import PluginManager, load_plugins, print_problems
 
@@ -138,23 +138,36 @@ class Activation:
         self._seams: dict[str, _Seam] = {}
         self._watcher = ImportWatcher(self._on_loaded)
         self._plugins: tuple[str, ...] = ()
+        self._problems: tuple[str, ...] = ()
 
     @property
     def plugins(self) -> tuple[str, ...]:
         """Names of the plugins that are activated."""
         return self._plugins
 
-    def activate(self, manager: PluginManager) -> None:
-        """Put the plugins' patches in force; what is in force already stays as it is."""
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong with plugins, one line each."""
+        return self._problems
+
+    def activate(self, manager: PluginManager) -> tuple[str, ...]:
+        """Put the plugins' patches in force; what is in force already stays as it is.
+
+        Returns:
+            What is wrong with the plugins and was not known before, one line each.
+        """
         patches = manager.patches()
         with self._lock:
             self._plugins = tuple(dict.fromkeys((*self._plugins, *manager.names)))
+            news = tuple(line for line in manager.problems if line not in self._problems)
+            self._problems += news
             for patch in patches:
                 self._seams.setdefault(patch.seam, _Seam(patch))
             self._watcher.watch(
                 tuple(dict.fromkeys(seam.patch.module for seam in self._seams.values()))
             )
         self._watcher.report_loaded()
+        return news
 
     def deactivate(self) -> None:
         """Take every patch off: what was there before is there again, the very same object."""
@@ -163,7 +176,7 @@ class Activation:
             for seam in self._seams.values():
                 seam.remove()
             self._seams.clear()
-            self._plugins = ()
+            self._plugins, self._problems = (), ()
 
     def status(self) -> tuple[SeamStatus, ...]:
         """The state of each seam."""
@@ -187,7 +200,7 @@ class Activation:
 
     def _on_loaded(self, module: ModuleType) -> None:
         with self._lock:
-            seams = [s for s in self._seams.values() if s.patch.module == module.__name__]
+            seams = [s for s in self._seams.values() if s.patch.module == name_of(module)]
         for seam in seams:
             place = find(module, seam.patch.attribute)
             state, reason = _judge(seam.patch, module, place)
@@ -232,9 +245,7 @@ def activate() -> None:
     Each patch is applied when the module that it names is imported, or at once if it already
     is. Activating twice is activating once.
     """
-    manager = load_plugins()
-    _activation.activate(manager)
-    print_problems(manager)
+    print_problems(_activation.activate(load_plugins()))
 
 
 def deactivate() -> None:
@@ -250,6 +261,11 @@ def status() -> tuple[SeamStatus, ...]:
 def active_plugins() -> tuple[str, ...]:
     """Names of the plugins that are activated in this process."""
     return _activation.plugins
+
+
+def plugin_problems() -> tuple[str, ...]:
+    """What is wrong with the plugins that this process was to activate, one line each."""
+    return _activation.problems
 
 
 def unmet(seams: Iterable[str]) -> str | None:

@@ -67,6 +67,16 @@ def quantize(
     click.echo(report.to_json(result) if as_json else report.quantization_summary(result))
 
 
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the errors as JSON.")
+def demo(*, as_json: bool) -> None:
+    """Quantize a small model, and compare one scale per expert with one that they share."""
+    from nxdi_expertscale import demo, report
+
+    result = demo.run()
+    click.echo(report.to_json(result) if as_json else report.demo_table(result))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status.
 

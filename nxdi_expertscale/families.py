@@ -51,6 +51,9 @@ class MoEFamily:
         num_experts: Attributes of the model's config that may hold the number of experts.
         num_experts_per_tok: Attributes that may hold the number of experts of a token.
         intermediate_size: Attributes that may hold the experts' intermediate size.
+        head_norm: Whether its attention normalizes queries and keys for each head.
+        normalizes_top_k: Whether the routing weights of a token are made to add up to one, where
+            a config does not say so itself (``norm_topk_prob``).
     """
 
     name: str
@@ -66,10 +69,12 @@ class MoEFamily:
     num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
     num_experts_per_tok: tuple[str, ...] = ("num_experts_per_tok",)
     intermediate_size: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
+    head_norm: bool = True
+    normalizes_top_k: bool = False
 
     def __post_init__(self) -> None:
         module, _, function = self.converter.partition(":")
-        if not module or not function.isidentifier():
+        if not module or not all(part.isidentifier() for part in function.split(".")):
             raise ConfigurationError(
                 f"family {self.name!r}: converter must be 'package.module:function', not "
                 f"{self.converter!r}"

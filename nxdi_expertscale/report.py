@@ -24,6 +24,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from nxdi_expertscale.checkpoint import QuantizationResult
+    from nxdi_expertscale.demo import Demo
 
 
 def to_json(value: Any) -> str:
@@ -66,6 +67,16 @@ def quantization_summary(result: QuantizationResult) -> str:
     if result.resumed_shards:
         table.add_row("from an earlier run", f"{result.resumed_shards} files")
     return f"{result.destination}\n{rendered(table)}"
+
+
+def demo_table(result: Demo) -> str:
+    """The error of each layer's MoE output, for the two kinds of scales."""
+    table = Table("layer", title="Error of the MoE output against the original")
+    table.add_column("one scale per expert", justify="right")
+    table.add_column("one averaged scale", justify="right")
+    for layer in result.layers:
+        table.add_row(str(layer.layer), f"{layer.expert_wise:.1%}", f"{layer.averaged:.1%}")
+    return rendered(table)
 
 
 def _gigabytes(count: int) -> str:

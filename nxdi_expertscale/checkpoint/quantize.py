@@ -59,7 +59,7 @@ MAX_WORKERS = 32
 Progress = Callable[[int, int], None]
 """Called with the bytes of the source that are done, and with all of them."""
 
-_TORCH_DTYPES: Mapping[str, torch.dtype] = {
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
@@ -398,11 +398,11 @@ class _Run:
         offset = piece.shard.plan.offsets[source.name]
         shape = (len(piece.rows), columns)
         if tensor.treatment is Treatment.KEEP:
-            if source.dtype in _TORCH_DTYPES:
-                self._expect_finite(source, raw.view(_TORCH_DTYPES[source.dtype]))
+            if source.dtype in TORCH_DTYPES:
+                self._expect_finite(source, raw.view(TORCH_DTYPES[source.dtype]))
             piece.shard.write(_bytes(raw), offset + piece.rows.start * row_bytes)
             return
-        stored = raw.view(_TORCH_DTYPES[source.dtype]).view(shape)
+        stored = raw.view(TORCH_DTYPES[source.dtype]).view(shape)
         values = self._buffers.take("values", stored.numel()).view(shape)
         if tensor.scale is not None and tensor.block is not None:
             values.copy_(stored)
@@ -411,7 +411,7 @@ class _Run:
             stored = values
         if tensor.treatment is Treatment.DEQUANTIZE:
             self._expect_finite(source, values)
-            dtype = _TORCH_DTYPES[tensor.dtype]
+            dtype = TORCH_DTYPES[tensor.dtype]
             full = values.to(dtype)
             piece.shard.write(_bytes(full), offset + piece.rows.start * columns * dtype.itemsize)
             return
@@ -433,7 +433,7 @@ class _Run:
         """The source's scales for some rows, ``[rows, blocks of columns]``."""
         raw = torch.empty(scale.nbytes, dtype=torch.uint8)
         reader.read_into(_bytes(raw), scale.file, scale.offset)
-        values = raw.view(_TORCH_DTYPES[scale.dtype]).to(torch.float32)
+        values = raw.view(TORCH_DTYPES[scale.dtype]).to(torch.float32)
         if not bool((torch.isfinite(values) & (values > 0)).all()):
             raise CheckpointError(
                 f"{self._source.folder / scale.file}: {scale.name}: has a scale that is not a "
