@@ -74,7 +74,7 @@ class MoEFamily:
 
     def __post_init__(self) -> None:
         module, _, function = self.converter.partition(":")
-        if not module or not function.isidentifier():
+        if not module or not all(part.isidentifier() for part in function.split(".")):
             raise ConfigurationError(
                 f"family {self.name!r}: converter must be 'package.module:function', not "
                 f"{self.converter!r}"
