@@ -53,7 +53,7 @@ def quantize(
     from nxdi_expertscale import report
     from nxdi_expertscale.checkpoint import quantize_checkpoint
 
-    with report.progress_bar() as progress:
+    with report.progress_bar("quantizing", report.BYTES) as progress:
         result = quantize_checkpoint(
             src,
             dst,
@@ -65,6 +65,39 @@ def quantize(
     for name in result.unused_exclusions:
         click.echo(f"nxdi-expertscale: no module of {src} is named {name!r}", err=True)
     click.echo(report.to_json(result) if as_json else report.quantization_summary(result))
+
+
+@cli.command()
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="By default Python's own documentation."
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="How many tokens of the text to predict.",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw a picture into this PNG file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def evaluate(
+    *, src: Path, dst: Path, text: Path | None, tokens: int, plot: Path | None, as_json: bool
+) -> None:
+    """Measure the quantized checkpoint DST against its original SRC, on a CPU.
+
+    Beside DST as it is stands what averaged scales would make of it. The experts are read one by
+    one: a model need not fit in memory.
+    """
+    from nxdi_expertscale import report
+    from nxdi_expertscale.evaluation import evaluate_checkpoint
+
+    with report.progress_bar("evaluating", report.STEPS) as progress:
+        result = evaluate_checkpoint(src, dst, text=text, tokens=tokens, progress=progress)
+    if plot is not None:
+        report.plot_evaluation(result, plot)
+    click.echo(report.to_json(result) if as_json else report.evaluation_table(result))
 
 
 @cli.command()

@@ -92,7 +92,7 @@ def _layer_errors(original: Path, quantized: Path) -> Demo:
         StoredWeights(open_checkpoint(original), QWEN3_MOE) as full,
         StoredWeights(open_checkpoint(quantized), QWEN3_MOE) as expert_wise,
     ):
-        averaged = with_averaged_scales(expert_wise, QWEN3_MOE, EXPERTS)
+        averaged = with_averaged_scales(expert_wise, model)
         errors = []
         for layer in range(LAYERS):
             expected, *found = (

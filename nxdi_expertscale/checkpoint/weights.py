@@ -13,9 +13,11 @@ from nxdi_expertscale.checkpoint.plan import PlannedTensor, make_plan
 from nxdi_expertscale.checkpoint.quantize import MAX_SHARD_BYTES, TORCH_DTYPES
 from nxdi_expertscale.checkpoint.source import Checkpoint, TensorReader
 from nxdi_expertscale.checkpoint.tensor_file import StoredTensor
-from nxdi_expertscale.decoder import Weights
+from nxdi_expertscale.decoder import Architecture, Weights
+from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families import MoEFamily
 
+_MAKE_IT = "make the checkpoint with 'nxdi-expertscale quantize'"
 _PREFIX = "model."
 
 
@@ -24,6 +26,9 @@ class StoredWeights:
 
     Called with a name without Hugging Face's ``model.``, it gives the weight. Nothing is kept:
     what is read twice is read from the disk twice. Files stay open until it is closed.
+
+    Attributes:
+        folder: The checkpoint's folder.
 
     Raises:
         CheckpointError: The checkpoint is malformed, or quantized in a way that cannot be read.
@@ -35,6 +40,7 @@ class StoredWeights:
             tensor.source.name.removeprefix(_PREFIX): tensor for tensor in plan.tensors
         }
         self._reader = TensorReader(checkpoint)
+        self.folder = checkpoint.folder
 
     @property
     def names(self) -> frozenset[str]:
@@ -53,22 +59,28 @@ class StoredWeights:
         each_row = scale.repeat_interleave(rows, dim=0)[: values.shape[0]]
         return fp8.scale_blocks_(values, each_row, columns)
 
-    def quantized(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A weight as it is stored and its scales, one for each channel; None if it has none.
-
-        Returns:
-            ``[out, in]`` and ``[1, out]``, ``torch.float32``.
-        """
-        tensor = self._tensors[name]
-        if tensor.scale is None:
-            return None
-        return self._read(tensor.source), self.channel_scale(name)
+    def quantized(self, name: str) -> torch.Tensor:
+        """A weight as it is stored, without its scales."""
+        return self._read(self._tensors[name].source)
 
     def channel_scale(self, name: str) -> torch.Tensor:
-        """The scales of a weight that has one for each channel, ``[1, out]``."""
+        """The scales of a weight, one for each output channel, ``[1, out]``, ``torch.float32``.
+
+        Raises:
+            CheckpointError: It has none, or others.
+        """
         tensor = self._tensors[name]
-        assert tensor.scale is not None
-        return scales.channel_scale(self._read(tensor.scale), tensor.source.shape[0])
+        where = f"{self.folder / tensor.source.file}: {tensor.source.name}"
+        if tensor.scale is None:
+            raise CheckpointError(f"{where}: is not quantized; {_MAKE_IT}")
+        try:
+            return scales.channel_scale(self._read(tensor.scale), tensor.source.shape[0])
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}; {_MAKE_IT}") from error
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a weight has scales."""
+        return self._tensors[name].scale is not None
 
     def _read(self, tensor: StoredTensor) -> torch.Tensor:
         raw = torch.empty(tensor.nbytes, dtype=torch.uint8)
@@ -91,28 +103,35 @@ class StoredWeights:
         self.close()
 
 
-def with_averaged_scales(stored: StoredWeights, family: MoEFamily, experts: int) -> Weights:
+def with_averaged_scales(stored: StoredWeights, model: Architecture) -> Weights:
     """What a checkpoint's weights become where a layer's experts share their mean scale.
 
     That is NxDI without expert-wise scales: the quantized numbers stay as they are, and the mean
     takes the place of the scale that they were quantized with.
 
     Args:
-        stored: A checkpoint with one scale for each channel of each expert.
-        family: Its family.
-        experts: Number of experts in a layer.
+        stored: A checkpoint with one scale for each channel of each expert, in some layers.
+        model: What the checkpoint holds.
+
+    Raises:
+        CheckpointError: No layer's experts have scales. The weights raise it too, where some
+            experts of a layer have scales and others none.
     """
+    family = model.family
 
     @lru_cache(maxsize=len(family.projections))
     def shared(layer: int, projection: str) -> torch.Tensor:
-        keys = [family.expert_key(layer, expert, projection) for expert in range(experts)]
+        keys = [family.expert_key(layer, expert, projection) for expert in range(model.experts)]
         return scales.average(torch.stack([stored.channel_scale(key) for key in keys]))[0]
 
     def weight(name: str) -> torch.Tensor:
         place = family.parse_expert_key(name)
-        quantized = stored.quantized(name) if place is not None else None
-        if place is None or quantized is None:
+        if place is None or not stored.is_quantized(name):
             return stored(name)
-        return fp8.dequantize(quantized[0], shared(place.layer, place.projection).T)
+        return fp8.dequantize(stored.quantized(name), shared(place.layer, place.projection).T)
 
+    if not any(
+        family.parse_expert_key(name) and stored.is_quantized(name) for name in stored.names
+    ):
+        raise CheckpointError(f"{stored.folder}: has no quantized experts; {_MAKE_IT}")
     return weight
