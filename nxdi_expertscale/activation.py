@@ -18,7 +18,7 @@ from typing import Any
 import wrapt
 
 from nxdi_expertscale.errors import IncompatibleUpstreamError
-from nxdi_expertscale.importing import ImportWatcher
+from nxdi_expertscale.importing import ImportWatcher, name_of
 from nxdi_expertscale.plugins import PluginManager, load_plugins, print_problems
 
 _logger = logging.getLogger("nxdi_expertscale")
@@ -106,22 +106,35 @@ class Activation:
         self._seams: dict[str, _Seam] = {}
         self._watcher = ImportWatcher(self._on_loaded)
         self._plugins: tuple[str, ...] = ()
+        self._problems: tuple[str, ...] = ()
 
     @property
     def plugins(self) -> tuple[str, ...]:
         """Names of the plugins that are activated."""
         return self._plugins
 
-    def activate(self, manager: PluginManager) -> None:
-        """Put the plugins' patches in force; what is in force already stays as it is."""
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong with plugins, one line each."""
+        return self._problems
+
+    def activate(self, manager: PluginManager) -> tuple[str, ...]:
+        """Put the plugins' patches in force; what is in force already stays as it is.
+
+        Returns:
+            What is wrong with the plugins and was not known before, one line each.
+        """
         patches = manager.patches()
         with self._lock:
             self._plugins = tuple(dict.fromkeys((*self._plugins, *manager.names)))
+            news = tuple(line for line in manager.problems if line not in self._problems)
+            self._problems += news
             for patch in patches:
                 self._seams.setdefault(patch.seam, _Seam(patch))
             modules = tuple(dict.fromkeys(seam.patch.module for seam in self._seams.values()))
         # Outside the lock: it may wait for a thread whose import reports to us.
         self._watcher.watch(modules)
+        return news
 
     def deactivate(self) -> None:
         """Take every patch off: what was there before is there again, the very same object."""
@@ -130,7 +143,7 @@ class Activation:
             for seam in self._seams.values():
                 _remove(seam)
             self._seams.clear()
-            self._plugins = ()
+            self._plugins, self._problems = (), ()
 
     def status(self) -> tuple[SeamStatus, ...]:
         """The state of each seam."""
@@ -141,7 +154,7 @@ class Activation:
     def _on_loaded(self, module: ModuleType) -> None:
         with self._lock:
             for seam in self._seams.values():
-                if seam.patch.module == module.__name__:
+                if seam.patch.module == name_of(module):
                     _apply(seam, module)
 
 
@@ -215,9 +228,7 @@ def activate() -> None:
     Each patch is applied when the module that it names is imported, or at once if it already
     is. Activating twice is activating once.
     """
-    manager = load_plugins()
-    _activation.activate(manager)
-    print_problems(manager)
+    print_problems(_activation.activate(load_plugins()))
 
 
 def deactivate() -> None:
@@ -233,6 +244,11 @@ def status() -> tuple[SeamStatus, ...]:
 def active_plugins() -> tuple[str, ...]:
     """Names of the plugins that are activated in this process."""
     return _activation.plugins
+
+
+def plugin_problems() -> tuple[str, ...]:
+    """What is wrong with the plugins that this process was to activate, one line each."""
+    return _activation.problems
 
 
 def require(seams: Iterable[str]) -> None:

@@ -161,15 +161,17 @@ class MoEFamily:
         modules = f"{self.expert_mlps.format(layer=layer)}.mlp_op."
         if any(_is_part_of(name, path) for name in names for path in (experts, modules)):
             return True
-        for parts in (
-            [f".{projection}" for projection in self.projections],
-            [f"{modules}{fused}" for fused in self.fused],
-        ):
-            named = [next((n for n in names if _is_part_of(n, part)), None) for part in parts]
-            if all(named):
+        sides = (
+            {part: [n for n in names if _is_part_of(n, f".{part}")] for part in self.projections},
+            # A name such as "gate" is a router's in a checkpoint, and no more than a syllable here.
+            {part: [n for n in names if n.rpartition(".")[2] == part] for part in self.fused},
+        )
+        for named in sides:
+            if all(named.values()):
                 return True
-            for name in filter(None, named):
-                raise self._part_of_fused(name, layer)
+            for found in named.values():
+                if found:
+                    raise self._part_of_fused(found[0], layer)
         return False
 
     def _part_of_fused(self, name: str, layer: int) -> ConfigurationError:
@@ -223,7 +225,23 @@ QWEN3_MOE = MoEFamily(
     ),
 )
 
-BUILT_IN: tuple[MoEFamily, ...] = (QWEN3_MOE,)
+MIXTRAL = MoEFamily(
+    name="mixtral",
+    model_types=("mixtral",),
+    converter=(
+        "neuronx_distributed_inference.models.mixtral.modeling_mixtral"
+        ":convert_mixtral_to_neuron_state_dict"
+    ),
+    experts="layers.{layer}.block_sparse_moe.experts",
+    router="layers.{layer}.block_sparse_moe.gate",
+    gate="w1",
+    up="w3",
+    down="w2",
+    num_experts=("num_local_experts",),
+    intermediate_size=("intermediate_size",),
+)
+
+BUILT_IN: tuple[MoEFamily, ...] = (QWEN3_MOE, MIXTRAL)
 
 
 def family_of(model_type: str | None, families: Sequence[MoEFamily]) -> MoEFamily | None:

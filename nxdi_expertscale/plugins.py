@@ -119,10 +119,12 @@ def load_plugins() -> PluginManager:
     return PluginManager(allowed_names())
 
 
-def print_problems(manager: PluginManager) -> None:
+def print_problems(problems: Iterable[str]) -> None:
     """Say what is wrong with the plugins, one line on stderr each: the program goes on."""
-    for problem in manager.problems:
-        print(f"nxdi-expertscale: {problem}", file=sys.stderr)  # noqa: T201
+    # There is no stderr in a process that was started with it closed.
+    if sys.stderr is not None:
+        for problem in problems:
+            print(f"nxdi-expertscale: {problem}", file=sys.stderr)  # noqa: T201
 
 
 def known_families() -> Sequence[MoEFamily]:

@@ -193,25 +193,37 @@ def _models_of(instance: Any) -> list[Any]:
 
 
 def _check_loaded(model: Any, families: Sequence[MoEFamily]) -> None:
-    """Make sure that the experts of a loaded model are what the flag asks for.
+    """Make sure that the experts of a loaded model are what its config asks for.
 
     Raises:
+        ConfigurationError: An exclusion reaches the module by chance, and not the checkpoint.
         IncompatibleUpstreamError: NxDI did not convert them through the seam that is patched.
     """
-    neuron_config = model.config.neuron_config
-    if not flag.is_on(neuron_config) or not flag.is_quantized(neuron_config):
-        return
     from neuronx_distributed.modules.moe.moe_parallel_layers import ExpertFusedLinear
 
+    neuron_config = model.config.neuron_config
     family = flag.family_of_model(model.config, families)
+    if not flag.is_quantized(neuron_config) or family is None:
+        return
+    excluded = flag.exclusions(neuron_config)
     for name, module in model.named_modules():
         if not isinstance(module, ExpertFusedLinear):
             continue
         found = getattr(getattr(module, "quantization_type", None), "value", None)
-        excluded = family is not None and _is_excluded(name, flag.exclusions(neuron_config), family)
-        if found != (None if excluded else flag.EXPERT_WISE):
+        if _is_excluded(name, excluded, family):
+            expected = None
+        else:
+            expected = flag.EXPERT_WISE if flag.is_on(neuron_config) else found or "quantized"
+        if found == expected:
+            continue
+        if flag.is_on(neuron_config):
             require([seams.QUANTIZATION])
             raise IncompatibleUpstreamError(
                 f"{flag.NAME}=True, and NxDI made {name} {found or 'unquantized'}: this release "
                 "does not quantize through the function that is patched"
             )
+        raise ConfigurationError(
+            f"modules_to_not_convert: NxDI left {name} unquantized, because one of "
+            f"{list(excluded)} is a part of its name, and its weights in the checkpoint are not "
+            "excluded; name the modules more fully"
+        )
