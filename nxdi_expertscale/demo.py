@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -15,7 +13,8 @@ from pathlib import Path
 import filelock
 
 from nxdi_expertscale import small_model
-from nxdi_expertscale.checkpoint import quantize_checkpoint
+from nxdi_expertscale.checkpoint import quantize_checkpoint, verify_checkpoint
+from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.evaluation import Evaluation, evaluate_checkpoint
 
 CONFIG = small_model.qwen3_moe_config(hidden_size=64, moe_intermediate_size=64)
@@ -38,6 +37,7 @@ class Demo:
         quantized: Folder of its FP8 checkpoint.
         text: The held-out text.
         trained: Whether the model was trained in this run, rather than kept from an earlier one.
+        verified: Number of quantized weights in which no fault was found.
         unigram_perplexity: Perplexity of the text for a model that only knows how frequent each
             byte is.
         evaluation: The quantized model against the original.
@@ -47,6 +47,7 @@ class Demo:
     quantized: Path
     text: Path
     trained: bool
+    verified: int
     unigram_perplexity: float
     evaluation: Evaluation
 
@@ -68,12 +69,17 @@ def _run(folder: Path, corpus: small_model.Corpus, bar: Bar) -> Demo:
     model, quantized, text = folder / "model", folder / "model-fp8", folder / HELD_OUT
     trained = not model.exists()
     if trained:
-        with bar("training") as progress, tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            small_model.make(Path(unfinished), CONFIG, corpus, RECIPE, progress)
-            shutil.copytree(unfinished, folder / "model.new", dirs_exist_ok=True)
-            (folder / "model.new").replace(model)
+        unfinished = folder / "unfinished"
+        unfinished.mkdir(exist_ok=True)
+        with bar("training") as progress:
+            small_model.make(unfinished, CONFIG, corpus, RECIPE, progress)
+        unfinished.replace(model)
     text.write_text(corpus.held_out, encoding="utf-8")
     quantize_checkpoint(model, quantized, overwrite=True)
+    verification = verify_checkpoint(quantized, model)
+    if verification.faults:
+        fault = verification.faults[0]
+        raise CheckpointError(f"{fault.where}: {fault.what}")
     with bar("evaluating") as progress:
         evaluation = evaluate_checkpoint(
             model, quantized, text=text, tokens=TOKENS, progress=progress
@@ -83,6 +89,7 @@ def _run(folder: Path, corpus: small_model.Corpus, bar: Bar) -> Demo:
         quantized=quantized,
         text=text,
         trained=trained,
+        verified=verification.quantized,
         unigram_perplexity=small_model.unigram_perplexity(corpus),
         evaluation=evaluation,
     )

@@ -6,7 +6,7 @@ A family is data. Nothing here imports torch or NxDI, so a plugin can declare on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -71,6 +71,20 @@ class MoEFamily:
     intermediate_size: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
     head_norm: bool = True
     normalizes_top_k: bool = False
+
+    def __post_init__(self) -> None:
+        module, _, function = self.converter.partition(":")
+        if not module or not all(part.isidentifier() for part in function.split(".")):
+            raise ConfigurationError(
+                f"family {self.name!r}: converter must be 'package.module:function', not "
+                f"{self.converter!r}"
+            )
+        for field in ("experts", "router", "expert_mlps"):
+            if "{layer}" not in getattr(self, field):
+                raise ConfigurationError(
+                    f"family {self.name!r}: {field} must say where the layer's number stands, as "
+                    f"in 'layers.{{layer}}.mlp', and is {getattr(self, field)!r}"
+                )
 
     @property
     def projections(self) -> tuple[str, str, str]:
@@ -181,6 +195,26 @@ class MoEFamily:
             f"{self.experts.format(layer=layer)!r}"
         )
 
+    def in_both_worlds(self, exclusions: Collection[str], layers: int) -> tuple[str, ...]:
+        """Exclusions that say the same to what reads checkpoints and to what converts modules.
+
+        To the names, without ``model.``, are added those of each layer's experts that stay in
+        full precision: ``layers.0.mlp.experts`` and ``layers.0.mlp.expert_mlps``.
+
+        Args:
+            exclusions: Names of either world.
+            layers: The model's number of layers.
+
+        Raises:
+            ConfigurationError: A name is that of a part of what NxDI fuses.
+        """
+        names = [name.removeprefix("model.") for name in exclusions]
+        for layer in range(layers):
+            if self.excludes_experts(layer, exclusions):
+                names.append(self.experts.format(layer=layer))
+                names.append(self.expert_mlps.format(layer=layer))
+        return tuple(dict.fromkeys(names))
+
     def layer_of_module(self, module: str) -> int | None:
         """The layer that a module's dotted path lies in, if it is one of the fused experts."""
         match = self._module_pattern.search(module)
@@ -205,7 +239,8 @@ class MoEFamily:
 
 
 def _is_part_of(name: str, path: str) -> bool:
-    return name in path or name.removeprefix("model.") in path
+    bare = name.removeprefix("model.")
+    return name in path or (bare != "" and bare in path)
 
 
 def _first_int(config: Any, names: Iterable[str]) -> int | None:
@@ -239,6 +274,8 @@ MIXTRAL = MoEFamily(
     down="w2",
     num_experts=("num_local_experts",),
     intermediate_size=("intermediate_size",),
+    head_norm=False,
+    normalizes_top_k=True,
 )
 
 BUILT_IN: tuple[MoEFamily, ...] = (QWEN3_MOE, MIXTRAL)

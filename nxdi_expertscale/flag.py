@@ -46,6 +46,11 @@ def is_quantized(neuron_config: Any) -> bool:
     )
 
 
+def is_fp8(neuron_config: Any) -> bool:
+    """Whether ``quantization_dtype`` is one of FP8 (``f8e4m3``, ``f8e5m2``)."""
+    return str(getattr(neuron_config, "quantization_dtype", "")).lower().startswith("f8")
+
+
 def quantization_type(neuron_config: Any) -> str:
     """The quantization type by its name, whether upstream holds it as a string or an enum."""
     value = getattr(neuron_config, "quantization_type", PER_CHANNEL)

@@ -9,16 +9,16 @@ from types import TracebackType
 import torch
 
 from nxdi_expertscale import fp8, scales
-from nxdi_expertscale.checkpoint.plan import PlannedTensor, make_plan
-from nxdi_expertscale.checkpoint.quantize import MAX_SHARD_BYTES, TORCH_DTYPES
+from nxdi_expertscale.checkpoint.pieces import as_rows
 from nxdi_expertscale.checkpoint.source import Checkpoint, TensorReader
-from nxdi_expertscale.checkpoint.tensor_file import StoredTensor
+from nxdi_expertscale.checkpoint.tensors import Weight, check_architecture, read_weights
+from nxdi_expertscale.checkpoint.values import ValueReader
 from nxdi_expertscale.decoder import Architecture, Weights
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families import MoEFamily
 
-_MAKE_IT = "make the checkpoint with 'nxdi-expertscale quantize'"
 _PREFIX = "model."
+_MAKE_IT = "make the checkpoint with 'nxdi-expertscale quantize'"
 
 
 class StoredWeights:
@@ -35,61 +35,53 @@ class StoredWeights:
     """
 
     def __init__(self, checkpoint: Checkpoint, family: MoEFamily) -> None:
-        plan = make_plan(checkpoint, family, (), MAX_SHARD_BYTES)
-        self._tensors: Mapping[str, PlannedTensor] = {
-            tensor.source.name.removeprefix(_PREFIX): tensor for tensor in plan.tensors
+        check_architecture(checkpoint, family)
+        self._weights: Mapping[str, Weight] = {
+            weight.tensor.name.removeprefix(_PREFIX): weight
+            for weight in read_weights(checkpoint, family)
         }
-        self._reader = TensorReader(checkpoint)
         self.folder = checkpoint.folder
+        self._files = TensorReader(checkpoint)
+        self._reader = ValueReader(checkpoint, self._files)
 
     @property
     def names(self) -> frozenset[str]:
         """Names of all weights."""
-        return frozenset(self._tensors)
+        return frozenset(self._weights)
 
     def __call__(self, name: str) -> torch.Tensor:
         """The values of a weight, ``torch.float32``."""
-        tensor = self._tensors[name]
-        values = self._read(tensor.source).to(torch.float32)
-        if tensor.scale is None or tensor.block is None:
-            return values
-        rows, columns = tensor.block
-        scale = self._read(tensor.scale).to(torch.float32)
-        scale = scale.reshape(-(-values.shape[0] // rows), -(-values.shape[1] // columns))
-        each_row = scale.repeat_interleave(rows, dim=0)[: values.shape[0]]
-        return fp8.scale_blocks_(values, each_row, columns)
+        weight = self._weights[name]
+        values = self._reader.values(weight, _all_rows(weight))
+        return values.clone().view(weight.tensor.shape)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a weight has scales."""
+        return self._weights[name].scale is not None
 
     def quantized(self, name: str) -> torch.Tensor:
         """A weight as it is stored, without its scales."""
-        return self._read(self._tensors[name].source)
+        weight = self._weights[name]
+        return self._reader.stored(weight, _all_rows(weight)).clone()
 
     def channel_scale(self, name: str) -> torch.Tensor:
         """The scales of a weight, one for each output channel, ``[1, out]``, ``torch.float32``.
 
         Raises:
-            CheckpointError: It has none, or others.
+            CheckpointError: It has none, or one for each block.
         """
-        tensor = self._tensors[name]
-        where = f"{self.folder / tensor.source.file}: {tensor.source.name}"
-        if tensor.scale is None:
-            raise CheckpointError(f"{where}: is not quantized; {_MAKE_IT}")
-        try:
-            return scales.channel_scale(self._read(tensor.scale), tensor.source.shape[0])
-        except ValueError as error:
-            raise CheckpointError(f"{where}: {error}; {_MAKE_IT}") from error
-
-    def is_quantized(self, name: str) -> bool:
-        """Whether a weight has scales."""
-        return self._tensors[name].scale is not None
-
-    def _read(self, tensor: StoredTensor) -> torch.Tensor:
-        raw = torch.empty(tensor.nbytes, dtype=torch.uint8)
-        self._reader.read_into(raw.numpy().data, tensor.file, tensor.offset)
-        return raw.view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
+        weight = self._weights[name]
+        columns = weight.tensor.shape[-1]
+        if weight.scale is None or weight.scale.columns < columns:
+            raise CheckpointError(
+                f"{self.folder / weight.tensor.file}: {weight.tensor.name}: does not have one "
+                f"scale for each output channel; {_MAKE_IT}"
+            )
+        return self._reader.scale(weight.scale, _all_rows(weight), columns).T
 
     def close(self) -> None:
         """Close the files."""
-        self._reader.close()
+        self._files.close()
 
     def __enter__(self) -> StoredWeights:
         return self
@@ -101,6 +93,10 @@ class StoredWeights:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _all_rows(weight: Weight) -> range:
+    return range(as_rows(weight.tensor.shape)[0])
 
 
 def with_averaged_scales(stored: StoredWeights, model: Architecture) -> Weights:

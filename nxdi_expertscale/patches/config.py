@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from nxdi_expertscale import flag
+from nxdi_expertscale import device_switches, flag
 from nxdi_expertscale.activation import FEATURE, Patch, mentions, require
 from nxdi_expertscale.errors import IncompatibleUpstreamError
 from nxdi_expertscale.families import MoEFamily
@@ -64,6 +64,8 @@ def _accept_flag(
     setattr(instance, flag.NAME, value)
     wrapped(*args, **kwargs)
     flag.check_neuron_config(instance)
+    if value and flag.is_quantized(instance) and flag.is_fp8(instance):
+        device_switches.turn_on()
 
 
 def _checking_model(families: Sequence[MoEFamily]) -> Callable[..., None]:

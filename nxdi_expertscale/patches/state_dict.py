@@ -208,8 +208,9 @@ def _check_dtype(key: str, weight: torch.Tensor, neuron_config: Any) -> None:
     dtype = getattr(dtype, "value", dtype)
     if weight.dtype != dtype:
         raise ConfigurationError(
-            f"{key}: its dtype is {weight.dtype}, it has a scale, and quantization_dtype={wanted!r} "
-            f"makes NxDI read it as {dtype}; set quantization_dtype='f8e4m3' for an FP8 checkpoint"
+            f"{key}: its dtype is {weight.dtype}, it has a scale, and "
+            f"quantization_dtype={wanted!r} makes NxDI read it as {dtype}; set "
+            "quantization_dtype='f8e4m3' for an FP8 checkpoint"
         )
 
 
