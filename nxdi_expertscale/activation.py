@@ -163,6 +163,7 @@ class Activation:
             self._watcher.watch(
                 tuple(dict.fromkeys(seam.patch.module for seam in self._seams.values()))
             )
+        # Outside the lock: it may wait for a thread whose import reports to us.
         self._watcher.report_loaded()
         return news
 

@@ -38,8 +38,8 @@ class ImportWatcher(MetaPathFinder):
 
         Args:
             on_loaded: Called with each watched module after it was executed, or, if it is run as
-                a program, before its main part. What it raises fails the import. It may be called
-                twice for one execution.
+                a program, before its main part. What it raises fails the import. It may be
+                called twice for one execution.
         """
         self._on_loaded = on_loaded
         self._lock = threading.Lock()

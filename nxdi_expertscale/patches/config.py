@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from nxdi_expertscale import flag
+from nxdi_expertscale import device_switches, flag
 from nxdi_expertscale.activation import FEATURE, Patch, mentions, require
 from nxdi_expertscale.errors import IncompatibleUpstreamError
 from nxdi_expertscale.families import MoEFamily
@@ -85,6 +85,8 @@ def _accept_flag(
     vars(instance)[flag.NAME] = value
     flag.check_neuron_config(instance)
     flag.warn_if_without_effect(instance)
+    if value and flag.is_quantized(instance) and flag.is_fp8(instance):
+        device_switches.turn_on()
 
 
 def _checking_model(families: Sequence[MoEFamily]) -> Callable[..., None]:
@@ -109,6 +111,8 @@ def check(model_config: Any, families: Sequence[MoEFamily]) -> None:
         return
     flag.check_neuron_config(neuron_config)
     family = flag.family_of_model(model_config, families)
+    if family is None:
+        flag.refuse_unsupported(neuron_config, model_config)
     flag.check_model(neuron_config, model_config, family, on_cpu=runs_on_cpu(neuron_config))
     if family is not None and flag.is_quantized(neuron_config):
         require(seams.needed_by_model(family), load=True)

@@ -96,9 +96,11 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
             return wrapped(*args, **kwargs)
         excluded = list(call.arguments.get("modules_to_not_convert") or ())
         kept = _kept_in_full_precision(experts, excluded, family)
+        skipped = [*excluded, *_all_paths(model, kept), *family.full_precision]
         if not flag.is_on(neuron_config):
-            return _call(wrapped, call, modules_to_not_convert=[*excluded, *kept] or None)
-        return _convert_in_two_passes(wrapped, call, experts, kept)
+            return _call(wrapped, call, modules_to_not_convert=skipped or None)
+        quantized = _all_paths(model, [name for name in experts if name not in kept])
+        return _convert_in_two_passes(wrapped, call, skipped, quantized)
 
     return convert
 
@@ -112,13 +114,11 @@ def _call(wrapped: Callable[..., Any], call: inspect.BoundArguments, **changes: 
 def _convert_in_two_passes(
     wrapped: Callable[..., Any],
     call: inspect.BoundArguments,
-    experts: Sequence[str],
-    kept: Sequence[str],
+    skipped: Sequence[str],
+    quantized: Sequence[str],
 ) -> Any:
     """Convert everything but the experts as upstream asks, then the experts expert-wise."""
-    excluded = call.arguments.get("modules_to_not_convert") or ()
-    model = _call(wrapped, call, modules_to_not_convert=[*excluded, *experts])
-    quantized = [name for name in experts if name not in kept]
+    model = _call(wrapped, call, modules_to_not_convert=[*skipped, *quantized])
     if not quantized:
         return model
     return wrapped(
@@ -126,7 +126,7 @@ def _convert_in_two_passes(
         q_config=expert_wise_q_config(call.arguments["q_config"]),
         inplace=True,
         mapping=call.arguments.get("mapping"),
-        include=quantized,
+        include=list(quantized),
     )
 
 
@@ -154,6 +154,17 @@ def expert_layers(model: Any) -> dict[str, Any]:
         # By its name, wherever this release keeps it.
         if any(parent.__name__ == "ExpertFusedLinear" for parent in type(module).__mro__)
     }
+
+
+def _all_paths(model: Any, names: Sequence[str]) -> list[str]:
+    """Every dotted path at which the modules of these names stand.
+
+    The fused token generation of NxD (``modules/moe/moe_fused_tkg.py``) holds the experts of the
+    layer a second time, and NxD's ``convert`` walks along both paths.
+    """
+    wanted = {id(model.get_submodule(name)) for name in names}
+    modules = model.named_modules(remove_duplicate=False)
+    return [name for name, module in modules if id(module) in wanted]
 
 
 def _kept_in_full_precision(
