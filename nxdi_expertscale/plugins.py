@@ -68,7 +68,7 @@ class PluginManager:
                 self._report(f"no plugin is named {name!r} (installed: {known})")
                 return
             self._pluggy.register(plugin, name=name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._report(f"plugin {name!r} failed to load: {_one_line(error)}")
 
     @property
@@ -105,7 +105,7 @@ class PluginManager:
             call = self._pluggy.subset_hook_caller(hook, remove_plugins=others)
             try:
                 found += [(name, item) for part in call(**arguments) for item in part]
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._report(f"plugin {name!r} failed: {_one_line(error)}")
         return found
 
