@@ -75,8 +75,8 @@ def run(time_limit: float) -> Probe:
         if not path.is_file():
             return Probe(ended=f"{ended}{_last_line(errors)}")
         found = json.loads(path.read_text())
-    if "seams" not in found:
-        return Probe(ended=f"importing {found['importing']}: {ended}{_last_line(errors)}")
+        if "seams" not in found:
+            return Probe(ended=f"importing {found['importing']}: {ended}{_last_line(errors)}")
     return _from_json(found)
 
 

@@ -90,6 +90,8 @@ def check(model_config: Any, families: Sequence[MoEFamily]) -> None:
         return
     flag.check_neuron_config(neuron_config)
     family = flag.family_of_model(model_config, families)
+    if family is None:
+        flag.refuse_unsupported(neuron_config, model_config)
     flag.check_model(neuron_config, model_config, family, on_cpu=runs_on_cpu(neuron_config))
     if family is not None and flag.is_quantized(neuron_config):
         require(seams.needed_by_model(family))

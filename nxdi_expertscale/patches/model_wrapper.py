@@ -81,10 +81,11 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
             return wrapped(*args, **kwargs)
         excluded = list(call.get("modules_to_not_convert") or ())
         kept = _kept_in_full_precision(experts, excluded, family)
-        skipped = [*excluded, *kept]
+        skipped = [*excluded, *_all_paths(model, kept), *family.full_precision]
         if not flag.is_on(neuron_config):
             return wrapped(**{**call, "modules_to_not_convert": skipped or None})
-        return _convert_in_two_passes(wrapped, call, [*skipped], experts, kept)
+        quantized = _all_paths(model, [name for name in experts if name not in kept])
+        return _convert_in_two_passes(wrapped, call, skipped, quantized)
 
     return convert
 
@@ -92,15 +93,12 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
 def _convert_in_two_passes(
     wrapped: Callable[..., Any],
     call: dict[str, Any],
-    skipped: list[str],
-    experts: Sequence[str],
-    kept: Sequence[str],
+    skipped: Sequence[str],
+    quantized: Sequence[str],
 ) -> Any:
     """Convert everything but the experts as upstream asks, then the experts expert-wise."""
     q_config = call["q_config"]
-    quantized = [name for name in experts if name not in kept]
-    rest = [*skipped, *quantized]
-    model = wrapped(**{**call, "modules_to_not_convert": rest})
+    model = wrapped(**{**call, "modules_to_not_convert": [*skipped, *quantized]})
     if not quantized:
         return model
     return wrapped(
@@ -108,7 +106,7 @@ def _convert_in_two_passes(
         q_config=expert_wise_q_config(q_config),
         inplace=True,
         mapping=call.get("mapping"),
-        include=quantized,
+        include=list(quantized),
     )
 
 
@@ -140,6 +138,17 @@ def expert_layers(model: Any) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, ExpertFusedLinear) and not hasattr(module, "quantization_type")
     ]
+
+
+def _all_paths(model: Any, names: Sequence[str]) -> list[str]:
+    """Every dotted path at which the modules of these names stand.
+
+    The fused token generation of NxD (``modules/moe/moe_fused_tkg.py``) holds the experts of the
+    layer a second time, and NxD's ``convert`` walks along both paths.
+    """
+    wanted = {id(model.get_submodule(name)) for name in names}
+    modules = model.named_modules(remove_duplicate=False)
+    return [name for name, module in modules if id(module) in wanted]
 
 
 def _kept_in_full_precision(
