@@ -9,6 +9,7 @@ INFERENCE_CONFIG = "inference_config"
 FLAG_GUARD = "flag_guard"
 QUANTIZATION = "quantization"
 LOAD_MODULE = "load_module"
+SAVE_QUANTIZED = "save_quantized"
 INFERENCE_DEMO = "inference_demo"
 
 
@@ -18,7 +19,11 @@ def state_dict(family: MoEFamily) -> str:
 
 
 def needed_by_config() -> tuple[str, ...]:
-    """The seams that every model needs."""
+    """The seams that every model needs.
+
+    Not among them: ``save_quantized``, without which NxDI makes the checkpoint itself, one that
+    loads as well; and ``inference_demo``, which is one way to set the flag.
+    """
     return (CONFIG, INFERENCE_CONFIG, QUANTIZATION, LOAD_MODULE)
 
 
