@@ -59,6 +59,8 @@ class MoEFamily:
         router: Path of a layer's router in a checkpoint, ``layers.{layer}.mlp.gate``.
         expert_mlps: Path of a layer's fused experts among NxDI's modules.
         embeddings: Path of the token embeddings; a table and no linear layer, never converted.
+        head: Path of the output layer.
+        prefixes: What may stand before a path in a checkpoint.
         gate: Name of the gate projection, ``[I, H]`` in a checkpoint.
         up: Name of the up projection, ``[I, H]``.
         down: Name of the down projection, ``[H, I]``.
@@ -83,6 +85,8 @@ class MoEFamily:
     router: str = "layers.{layer}.mlp.gate"
     expert_mlps: str = "layers.{layer}.mlp.expert_mlps"
     embeddings: str = "embed_tokens"
+    head: str = "lm_head"
+    prefixes: tuple[str, ...] = ("model.", "")
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -118,6 +122,10 @@ class MoEFamily:
     def fused(self) -> Mapping[str, tuple[str, ...]]:
         """For each of NxDI's fused weights, the projections it is made of, in their order."""
         return {GATE_UP: (self.gate, self.up), DOWN: (self.down,)}
+
+    def paths(self, path: str) -> tuple[str, ...]:
+        """The names that a path may have in a checkpoint."""
+        return tuple(f"{prefix}{path}" for prefix in self.prefixes)
 
     def expert_key(self, layer: int, expert: int, projection: str, suffix: str = "weight") -> str:
         """Name of one expert's tensor in a checkpoint."""
@@ -289,6 +297,12 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) else config
 
 
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` says that the embeddings are the output layer's weight too."""
+    parts = (config, language_config(config))
+    return any(part.get("tie_word_embeddings") is True for part in parts)
+
+
 def _first_int(config: Any, names: Iterable[str]) -> int | None:
     if isinstance(config, Mapping):
         config = language_config(config)
@@ -337,6 +351,8 @@ LLAMA4 = MoEFamily(
     router="language_model.model.layers.{layer}.feed_forward.router",
     expert_mlps="layers.{layer}.feed_forward.moe.expert_mlps",
     embeddings="language_model.model.embed_tokens",
+    head="language_model.lm_head",
+    prefixes=("",),
     stacked=Stacking.INPUTS_FIRST,
     converter_reads_stacked=True,
     full_precision=("lm_head", "shared_expert", "vision_model", "multi_modal_projector"),

@@ -22,7 +22,7 @@ from nxdi_expertscale.checkpoint.tensors import (
     module_of,
     read_weights,
 )
-from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.families import MoEFamily, ties_embeddings
 
 LM_HEAD = "lm_head"
 
@@ -151,7 +151,8 @@ def make_plan(
             experts, or has shapes that disagree with its config.
         ConfigurationError: An exclusion names a part of a fused weight.
     """
-    exclusions = effective_exclusions(checkpoint.config, modules_to_not_convert)
+    asked = tuple(modules_to_not_convert)
+    exclusions = effective_exclusions(checkpoint.config, family, asked)
     weights = read_weights(checkpoint, family)
     check_architecture(checkpoint, family)
     full_precision = _full_precision(checkpoint.config)
@@ -164,17 +165,17 @@ def make_plan(
         index={"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         config=_output_config(checkpoint.config, planned),
         exclusions=exclusions,
-        unused_exclusions=tuple(_unused(exclusions, weights, family)),
+        unused_exclusions=tuple(_unused(asked, weights, family)),
     )
 
 
-def effective_exclusions(config: Mapping[str, Any], asked: Iterable[str]) -> tuple[str, ...]:
-    """Exclusions as asked for, and as a model needs: tied embeddings exclude ``lm_head``."""
-    exclusions = tuple(dict.fromkeys(asked))
-    if config.get("tie_word_embeddings") is True and LM_HEAD not in exclusions:
-        # One table serves both ends of the model, and a table of embeddings has no scales.
-        return (*exclusions, LM_HEAD)
-    return exclusions
+def effective_exclusions(
+    config: Mapping[str, Any], family: MoEFamily, asked: Iterable[str]
+) -> tuple[str, ...]:
+    """Exclusions as asked for, as the family needs, and ``lm_head`` with tied embeddings."""
+    # One table then serves both ends of the model, and a table of embeddings has no scales.
+    tied = (LM_HEAD,) if ties_embeddings(config) else ()
+    return tuple(dict.fromkeys((*asked, *family.full_precision, *tied)))
 
 
 def _unused(

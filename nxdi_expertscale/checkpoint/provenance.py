@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from nxdi_expertscale.checkpoint import digests
 from nxdi_expertscale.checkpoint.manifest import Manifest, SourceRecord, normalized, read_manifest
+from nxdi_expertscale.checkpoint.model import open_model
 from nxdi_expertscale.checkpoint.parallel import available_cores, for_each
 from nxdi_expertscale.checkpoint.pieces import row_ranges
 from nxdi_expertscale.checkpoint.plan import quantized_tensors
@@ -15,7 +16,6 @@ from nxdi_expertscale.checkpoint.source import (
     Checkpoint,
     TensorReader,
     checked_file,
-    open_checkpoint,
 )
 from nxdi_expertscale.checkpoint.tensor_file import StoredTensor
 from nxdi_expertscale.families import require_family
@@ -92,7 +92,7 @@ def mismatch(
     Raises:
         CheckpointError: The folder has no manifest, or the source is malformed.
     """
-    return mismatch_of(read_manifest(folder), open_checkpoint(src), modules_to_not_convert)
+    return mismatch_of(read_manifest(folder), open_model(src)[0], modules_to_not_convert)
 
 
 def mismatch_of(
