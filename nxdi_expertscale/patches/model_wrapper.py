@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -79,37 +79,19 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
         if family is None:
             _refuse_unknown_family(neuron_config, model)
             return wrapped(*args, **kwargs)
+        _check_dtype(neuron_config, call["q_config"])
         excluded = list(call.get("modules_to_not_convert") or ())
-        kept = _kept_in_full_precision(experts, excluded, family)
-        skipped = [*excluded, *kept]
+        kept = {name for name in experts if _is_excluded(name, excluded, family)}
         if not flag.is_on(neuron_config):
+            skipped = [*excluded, *_paths(experts, kept)]
             return wrapped(**{**call, "modules_to_not_convert": skipped or None})
-        return _convert_in_two_passes(wrapped, call, [*skipped], experts, kept)
+        skipped = [*excluded, *_paths(experts, experts)]
+        model = wrapped(**{**call, "modules_to_not_convert": skipped})
+        return _convert_experts(
+            wrapped, model, call, [name for name in experts if name not in kept]
+        )
 
     return convert
-
-
-def _convert_in_two_passes(
-    wrapped: Callable[..., Any],
-    call: dict[str, Any],
-    skipped: list[str],
-    experts: Sequence[str],
-    kept: Sequence[str],
-) -> Any:
-    """Convert everything but the experts as upstream asks, then the experts expert-wise."""
-    q_config = call["q_config"]
-    quantized = [name for name in experts if name not in kept]
-    rest = [*skipped, *quantized]
-    model = wrapped(**{**call, "modules_to_not_convert": rest})
-    if not quantized:
-        return model
-    return wrapped(
-        model,
-        q_config=expert_wise_q_config(q_config),
-        inplace=True,
-        mapping=call.get("mapping"),
-        include=quantized,
-    )
 
 
 def expert_wise_q_config(q_config: dict[str, Any]) -> dict[str, Any]:
@@ -131,31 +113,53 @@ def expert_wise_q_config(q_config: dict[str, Any]) -> dict[str, Any]:
     return {**get_default_expert_wise_per_channel_custom_qconfig_dict(), **carried}
 
 
-def expert_layers(model: Any) -> list[str]:
-    """Dotted paths of a model's fused expert layers that are not quantized yet."""
+def expert_layers(model: Any) -> dict[str, list[str]]:
+    """A model's fused expert layers that are not quantized yet.
+
+    Returns:
+        The dotted path that each is known by, and every path that leads to it: fused token
+        generation holds the same experts once more (NxD's ``modules/moe/moe_fused_tkg.py``).
+    """
     from neuronx_distributed.modules.moe.moe_parallel_layers import ExpertFusedLinear
 
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, ExpertFusedLinear) and not hasattr(module, "quantization_type")
-    ]
+    paths: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, ExpertFusedLinear) and not hasattr(module, "quantization_type"):
+            paths.setdefault(id(module), []).append(name)
+    return {names[0]: names for names in paths.values()}
 
 
-def _kept_in_full_precision(
-    experts: Sequence[str], excluded: Sequence[str], family: MoEFamily
-) -> list[str]:
-    """The expert layers that exclusions name, on the checkpoint's side or on the module's."""
-    return [name for name in experts if _is_excluded(name, excluded, family)]
+def _paths(experts: Mapping[str, Sequence[str]], names: Iterable[str]) -> list[str]:
+    # NxD's convert comes to a layer on every path, and knows it by that path alone.
+    return [path for name in names for path in experts[name]]
+
+
+def _check_dtype(neuron_config: Any, q_config: dict[str, Any]) -> None:
+    """Make sure that NxDI makes layers of the dtype that the config names.
+
+    Up to 0.6 its ``load_module`` knows ``f8e4m3`` alone, and takes int8 for every other name.
+
+    Raises:
+        ConfigurationError: It does not: the weights would be cast without their scales.
+    """
+    wanted = config.quantized_dtype(neuron_config)
+    found = q_config["quantized_dtype"]
+    found = getattr(found, "value", found)
+    if wanted is not None and wanted != found:
+        raise ConfigurationError(
+            f"quantization_dtype={neuron_config.quantization_dtype!r}: this release of NxDI makes "
+            f"{found} layers of it; use quantization_dtype='f8e4m3' or 'int8'"
+        )
 
 
 def _is_excluded(name: str, excluded: Sequence[str], family: MoEFamily) -> bool:
+    """Whether exclusions name an expert layer, on the checkpoint's side or on the module's."""
     layer = family.layer_of_module(name)
     return layer is not None and family.excludes_experts(layer, excluded)
 
 
 def _family_of(
-    model: Any, experts: Sequence[str], families: Sequence[MoEFamily]
+    model: Any, experts: Iterable[str], families: Sequence[MoEFamily]
 ) -> MoEFamily | None:
     family = flag.family_of_model(model.config, families)
     if family is None or any(family.layer_of_module(name) is None for name in experts):
