@@ -87,8 +87,15 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
             return wrapped(**{**call, "modules_to_not_convert": skipped or None})
         skipped = [*excluded, *_paths(experts, experts)]
         model = wrapped(**{**call, "modules_to_not_convert": skipped})
-        return _convert_experts(
-            wrapped, model, call, [name for name in experts if name not in kept]
+        quantized = [name for name in experts if name not in kept]
+        if not quantized:
+            return model
+        return wrapped(
+            model,
+            q_config=expert_wise_q_config(call["q_config"]),
+            inplace=True,
+            mapping=call.get("mapping"),
+            include=quantized,
         )
 
     return convert
