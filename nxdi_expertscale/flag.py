@@ -14,7 +14,7 @@ from typing import Any
 
 from nxdi_expertscale import expert_parallel
 from nxdi_expertscale.errors import ConfigurationError
-from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.families import MoEFamily, why_unsupported
 
 _logger = logging.getLogger("nxdi_expertscale")
 
@@ -45,6 +45,11 @@ def is_quantized(neuron_config: Any) -> bool:
         getattr(neuron_config, "quantized", False)
         or getattr(neuron_config, "quantized_mlp_kernel_enabled", False)
     )
+
+
+def is_fp8(neuron_config: Any) -> bool:
+    """Whether ``quantization_dtype`` is one of FP8 (``f8e4m3``, ``f8e5m2``)."""
+    return str(getattr(neuron_config, "quantization_dtype", "")).lower().startswith("f8")
 
 
 def quantization_type(neuron_config: Any) -> str:
@@ -98,21 +103,19 @@ class Upstream:
 
 
 def check_model(
-    neuron_config: Any, model_config: Any, family: MoEFamily | None, upstream: Upstream
+    neuron_config: Any, model_config: Any, family: MoEFamily, upstream: Upstream
 ) -> None:
-    """Check what needs the model as well: its experts, top-k, batch and parallelism.
+    """Check what a quantized model with the flag needs of its experts, batch and parallelism.
 
     Args:
         neuron_config: NxDI's ``NeuronConfig``.
         model_config: NxDI's ``InferenceConfig``, or whatever holds the model's sizes.
-        family: The model's family; None for a dense model, which is left alone.
+        family: The model's family.
         upstream: What the installed release does with this family's experts.
 
     Raises:
         ConfigurationError: The model could not run; the message says what to set instead.
     """
-    if family is None or not is_on(neuron_config) or not is_quantized(neuron_config):
-        return
     experts = family.experts_of(model_config)
     top_k = family.experts_per_token_of(model_config)
     if getattr(neuron_config, "ep_degree", None) not in (None, 1):
@@ -203,10 +206,30 @@ def family_of_model(model_config: Any, families: Sequence[MoEFamily]) -> MoEFami
 
     By its ``model_type``; where there is none, by the upstream module that defines its class.
     """
-    model_type = getattr(model_config, "model_type", None)
-    modules = {parent.__module__ for parent in type(model_config).__mro__}
+    model_type, modules = _identity(model_config)
     for family in families:
         by_type = model_type in family.model_types
         if by_type or (not model_type and family.converter.partition(":")[0] in modules):
             return family
     return None
+
+
+def refuse_unsupported(neuron_config: Any, model_config: Any) -> None:
+    """Refuse the flag for a model of which it is known that it cannot have it.
+
+    Raises:
+        ConfigurationError: It is one; the message says why.
+    """
+    if not is_on(neuron_config) or not is_quantized(neuron_config):
+        return
+    model_type, modules = _identity(model_config)
+    reason = why_unsupported(model_type, modules)
+    if reason is not None:
+        name = model_type or type(model_config).__name__
+        raise ConfigurationError(f"{NAME}=True is not supported for {name!r}: {reason}")
+
+
+def _identity(model_config: Any) -> tuple[str | None, set[str]]:
+    """A config's ``model_type``, and the modules that define its class."""
+    modules = {parent.__module__ for parent in type(model_config).__mro__}
+    return getattr(model_config, "model_type", None), modules

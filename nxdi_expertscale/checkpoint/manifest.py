@@ -22,11 +22,11 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file that was written: name, bytes, and SHA-256 of it."""
+    """A file that was written: name, bytes, and digest of it."""
 
     name: str
     size: int
-    sha256: str
+    blake3: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Manifest:
 
 def file_record(path: Path) -> FileRecord:
     """The record of a file as it is on the disk."""
-    return FileRecord(path.name, path.stat().st_size, digests.file_sha256(path))
+    return FileRecord(path.name, path.stat().st_size, digests.digest_file(path))
 
 
 def render_json(value: Mapping[str, Any]) -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from nxdi_expertscale.checkpoint.pieces import as_rows
 from nxdi_expertscale.checkpoint.tensor_file import StoredTensor, parse_json, read_tensors
 from nxdi_expertscale.errors import CheckpointError
 
@@ -212,6 +213,13 @@ class TensorReader:
                 raise CheckpointError(f"{self._folder / file}: was truncated while it was read")
             buffer = buffer[count:]
             offset += count
+
+    def read_rows(self, tensor: StoredTensor, rows: range) -> bytearray:
+        """The bytes of some rows of a tensor."""
+        row_bytes = tensor.nbytes // as_rows(tensor.shape)[0]
+        data = bytearray(len(rows) * row_bytes)
+        self.read_into(memoryview(data), tensor.file, tensor.offset + rows.start * row_bytes)
+        return data
 
     def close(self) -> None:
         """Close the files."""

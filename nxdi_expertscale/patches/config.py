@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nxdi_expertscale import flag
+from nxdi_expertscale import device_switches, flag
 from nxdi_expertscale.activation import FEATURE, Patch, mentions, require
 from nxdi_expertscale.errors import IncompatibleUpstreamError
 from nxdi_expertscale.families import MoEFamily
@@ -72,6 +72,8 @@ def _accept_flag(
     setattr(instance, flag.NAME, value)
     wrapped(*args, **kwargs)
     flag.check_neuron_config(instance)
+    if value and flag.is_quantized(instance) and flag.is_fp8(instance):
+        device_switches.turn_on()
 
 
 def _checking_model(families: Sequence[MoEFamily]) -> Callable[..., None]:
@@ -100,9 +102,12 @@ def check(model_config: Any, families: Sequence[MoEFamily]) -> None:
         )
         return
     flag.check_neuron_config(neuron_config)
-    cores = frozenset() if runs_on_cpu(neuron_config) else _kernel_cores()
-    flag.check_model(neuron_config, model_config, family, flag.Upstream(reads_moe_settings, cores))
-    if family is not None and flag.is_quantized(neuron_config):
+    if family is None:
+        flag.refuse_unsupported(neuron_config, model_config)
+    elif flag.is_quantized(neuron_config):
+        cores = frozenset() if runs_on_cpu(neuron_config) else _kernel_cores()
+        upstream = flag.Upstream(reads_moe_settings, cores)
+        flag.check_model(neuron_config, model_config, family, upstream)
         require(seams.needed_by_model(family))
 
 

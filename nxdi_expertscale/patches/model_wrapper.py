@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -81,24 +81,34 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
             return wrapped(*args, **kwargs)
         _check_dtype(neuron_config, call["q_config"])
         excluded = list(call.get("modules_to_not_convert") or ())
-        kept = {name for name in experts if _is_excluded(name, excluded, family)}
+        kept = _kept_in_full_precision(experts, excluded, family)
+        skipped = [*excluded, *_all_paths(model, kept), *family.full_precision]
         if not flag.is_on(neuron_config):
-            skipped = [*excluded, *_paths(experts, kept)]
             return wrapped(**{**call, "modules_to_not_convert": skipped or None})
-        skipped = [*excluded, *_paths(experts, experts)]
-        model = wrapped(**{**call, "modules_to_not_convert": skipped})
-        quantized = [name for name in experts if name not in kept]
-        if not quantized:
-            return model
-        return wrapped(
-            model,
-            q_config=expert_wise_q_config(call["q_config"]),
-            inplace=True,
-            mapping=call.get("mapping"),
-            include=quantized,
-        )
+        quantized = _all_paths(model, [name for name in experts if name not in kept])
+        return _convert_in_two_passes(wrapped, call, skipped, quantized)
 
     return convert
+
+
+def _convert_in_two_passes(
+    wrapped: Callable[..., Any],
+    call: dict[str, Any],
+    skipped: Sequence[str],
+    quantized: Sequence[str],
+) -> Any:
+    """Convert everything but the experts as upstream asks, then the experts expert-wise."""
+    q_config = call["q_config"]
+    model = wrapped(**{**call, "modules_to_not_convert": [*skipped, *quantized]})
+    if not quantized:
+        return model
+    return wrapped(
+        model,
+        q_config=expert_wise_q_config(q_config),
+        inplace=True,
+        mapping=call.get("mapping"),
+        include=list(quantized),
+    )
 
 
 def expert_wise_q_config(q_config: dict[str, Any]) -> dict[str, Any]:
@@ -120,25 +130,26 @@ def expert_wise_q_config(q_config: dict[str, Any]) -> dict[str, Any]:
     return {**get_default_expert_wise_per_channel_custom_qconfig_dict(), **carried}
 
 
-def expert_layers(model: Any) -> dict[str, list[str]]:
-    """A model's fused expert layers that are not quantized yet.
-
-    Returns:
-        The dotted path that each is known by, and every path that leads to it: fused token
-        generation holds the same experts once more (NxD's ``modules/moe/moe_fused_tkg.py``).
-    """
+def expert_layers(model: Any) -> list[str]:
+    """Dotted paths of a model's fused expert layers that are not quantized yet."""
     from neuronx_distributed.modules.moe.moe_parallel_layers import ExpertFusedLinear
 
-    paths: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, ExpertFusedLinear) and not hasattr(module, "quantization_type"):
-            paths.setdefault(id(module), []).append(name)
-    return {names[0]: names for names in paths.values()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, ExpertFusedLinear) and not hasattr(module, "quantization_type")
+    ]
 
 
-def _paths(experts: Mapping[str, Sequence[str]], names: Iterable[str]) -> list[str]:
-    # NxD's convert comes to a layer on every path, and knows it by that path alone.
-    return [path for name in names for path in experts[name]]
+def _all_paths(model: Any, names: Sequence[str]) -> list[str]:
+    """Every dotted path at which the modules of these names stand.
+
+    The fused token generation of NxD (``modules/moe/moe_fused_tkg.py``) holds the experts of the
+    layer a second time, and NxD's ``convert`` walks along both paths.
+    """
+    wanted = {id(model.get_submodule(name)) for name in names}
+    modules = model.named_modules(remove_duplicate=False)
+    return [name for name, module in modules if id(module) in wanted]
 
 
 def _check_dtype(neuron_config: Any, q_config: dict[str, Any]) -> None:
@@ -159,14 +170,20 @@ def _check_dtype(neuron_config: Any, q_config: dict[str, Any]) -> None:
         )
 
 
+def _kept_in_full_precision(
+    experts: Sequence[str], excluded: Sequence[str], family: MoEFamily
+) -> list[str]:
+    """The expert layers that exclusions name, on the checkpoint's side or on the module's."""
+    return [name for name in experts if _is_excluded(name, excluded, family)]
+
+
 def _is_excluded(name: str, excluded: Sequence[str], family: MoEFamily) -> bool:
-    """Whether exclusions name an expert layer, on the checkpoint's side or on the module's."""
     layer = family.layer_of_module(name)
     return layer is not None and family.excludes_experts(layer, excluded)
 
 
 def _family_of(
-    model: Any, experts: Iterable[str], families: Sequence[MoEFamily]
+    model: Any, experts: Sequence[str], families: Sequence[MoEFamily]
 ) -> MoEFamily | None:
     family = flag.family_of_model(model.config, families)
     if family is None or any(family.layer_of_module(name) is None for name in experts):

@@ -9,6 +9,7 @@ INFERENCE_CONFIG = "inference_config"
 FLAG_GUARD = "flag_guard"
 QUANTIZATION = "quantization"
 LOAD_MODULE = "load_module"
+INFERENCE_DEMO = "inference_demo"
 
 
 def state_dict(family: MoEFamily) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     import torch
 
     from nxdi_expertscale.expert_scales import LayerScales
+
+_ENTRANCE = "convert_hf_to_neuron_state_dict"
+"""The static method by which NxDI calls a model's converter, or which is it."""
 
 _logger = logging.getLogger("nxdi_expertscale")
 
@@ -40,24 +44,26 @@ def _patch(family: MoEFamily) -> Patch:
         attribute=converter,
         wrapper=_fusing_scales(family),
         misfit=lambda module: _misfit(module, converter),
-        native=lambda module: mentions(getattr(module, converter), FEATURE),
+        native=lambda module: mentions(attrgetter(converter)(module), FEATURE),
     )
 
 
 def _misfit(module: ModuleType, converter: str) -> str | None:
     try:
-        inspect.signature(getattr(module, converter)).bind({}, None)
+        inspect.signature(attrgetter(converter)(module)).bind({}, None)
     except TypeError as error:
         return f"{converter} is not called with (state dict, config): {error}"
+    if converter.endswith(f".{_ENTRANCE}"):
+        return None
     callers = [
         method
         for owner in vars(module).values()
         if isinstance(owner, type) and owner.__module__ == module.__name__
-        for method in (owner.__dict__.get("convert_hf_to_neuron_state_dict"),)
+        for method in (owner.__dict__.get(_ENTRANCE),)
         if method is not None
     ]
     if not any(mentions(caller, converter) for caller in callers):
-        return f"no convert_hf_to_neuron_state_dict of {module.__name__} calls {converter}"
+        return f"no {_ENTRANCE} of {module.__name__} calls {converter}"
     return None
 
 
@@ -77,6 +83,8 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
             flag.check_neuron_config(neuron_config)
             require(seams.needed_by_model(family))
         layers = take_out_scales(state_dict, config, family)
+        if family.converter_reads_stacked:
+            stack_experts(state_dict, config, family)
         converted = wrapped(*args, **kwargs)
         put_in_scales(converted, layers, neuron_config, family)
         return converted
@@ -117,6 +125,19 @@ def take_out_scales(
         for key in layer.consumed:
             del state_dict[key]
     return layers
+
+
+def stack_experts(state_dict: dict[str, torch.Tensor], config: Any, family: MoEFamily) -> None:
+    """Stack the experts of each layer for a converter that takes them so.
+
+    Raises:
+        CheckpointError: An expert is missing.
+    """
+    from nxdi_expertscale import expert_weights
+
+    experts = family.experts_of(config)
+    for layer in range(config.num_hidden_layers):
+        expert_weights.stack(state_dict, family, layer, experts or 0)
 
 
 def put_in_scales(
@@ -197,6 +218,11 @@ def _check_against_config(
         path, _, suffix = key.rpartition(".")
         if suffix != "weight" or not fp8.is_quantized(weight) or family.is_router_key(key):
             continue
+        if any(name in path for name in family.full_precision):
+            raise CheckpointError(
+                f"{key}: it is quantized in the checkpoint, and NxDI's converter has no place for "
+                "its scale; make the checkpoint again with 'nxdi-expertscale quantize'"
+            )
         if f"{path}.scale" in state_dict and any(name in path for name in excluded):
             raise ConfigurationError(
                 f"{key}: it is quantized in the checkpoint, and modules_to_not_convert keeps its "
@@ -212,7 +238,7 @@ def _check_dtype(key: str, weight: torch.Tensor, neuron_config: Any) -> None:
     dtype = quantized_dtype(neuron_config)
     if dtype is not None and weight.dtype != dtype:
         raise ConfigurationError(
-            f"{key}: its dtype is {weight.dtype}, and quantization_dtype="
+            f"{key}: its dtype is {weight.dtype}, it has a scale, and quantization_dtype="
             f"{neuron_config.quantization_dtype!r} makes NxDI read it as {dtype}; set "
             "quantization_dtype='f8e4m3' for an FP8 checkpoint"
         )

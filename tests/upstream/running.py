@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from neuronx_distributed.trace.trace import get_sharded_checkpoint
+from neuronx_distributed_inference.models.application_base import init_custom_process_group_fn
 from neuronx_distributed_inference.models.config import MoENeuronConfig
 from neuronx_distributed_inference.models.model_wrapper import DecoderModelInstance
 from neuronx_distributed_inference.models.qwen3_moe.modeling_qwen3_moe import (
@@ -88,8 +89,6 @@ class LoadedModel:
     """A model as NxDI would trace it, with its weights."""
 
     module: Any
-    state_dict: dict[str, torch.Tensor]
-    """The converted state dict, before it was cut for the rank."""
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits of the last token, ``[1, vocab]``, for tokens as long as the bucket."""
@@ -113,6 +112,20 @@ class LoadedModel:
         return output
 
 
+def convert(checkpoint: Path, **settings: Any) -> dict[str, torch.Tensor]:
+    """A model's state dict as NxDI converts it, whole.
+
+    Args:
+        checkpoint: Folder of the Hugging Face model.
+        settings: Keywords of ``MoENeuronConfig``.
+    """
+    config = inference_config(checkpoint, **settings)
+    state_dict: dict[str, torch.Tensor] = NeuronQwen3MoeForCausalLM(
+        str(checkpoint), config
+    ).checkpoint_loader_fn()
+    return state_dict
+
+
 def load(checkpoint: Path, *, rank: int = 0, **settings: Any) -> LoadedModel:
     """Convert, build, shard and load a model.
 
@@ -126,24 +139,21 @@ def load(checkpoint: Path, *, rank: int = 0, **settings: Any) -> LoadedModel:
     """
     config = inference_config(checkpoint, **settings)
     application = NeuronQwen3MoeForCausalLM(str(checkpoint), config)
-    instance = DecoderModelInstance(
-        model_cls=NeuronQwen3MoeForCausalLM._model_cls, config=application.models[0].config
-    )
+    return load_application(application, rank=rank)
+
+
+def load_application(application: Any, *, rank: int = 0) -> LoadedModel:
+    """Convert, build, shard and load what an application holds; see :func:`load`."""
+    init_custom_process_group_fn(application.config)
+    graph = application.models[0]
+    instance = DecoderModelInstance(model_cls=graph.model_cls, config=graph.config)
     instance.load_module()
     state_dict = application.checkpoint_loader_fn()
-    module = instance.module
-    load_weights(module, state_dict, rank=rank, ranks=config.neuron_config.tp_degree)
-    return LoadedModel(module, state_dict)
+    _load_weights(instance.module, state_dict, rank, application.neuron_config.tp_degree)
+    return LoadedModel(instance.module)
 
 
-def load_weights(
-    module: Any, state_dict: dict[str, torch.Tensor], *, rank: int = 0, ranks: int = 1
-) -> None:
-    """Cut a converted state dict for a rank, and load it.
-
-    Raises:
-        AssertionError: The state dict and the module do not have the same tensors.
-    """
+def _load_weights(module: Any, state_dict: dict[str, torch.Tensor], rank: int, ranks: int) -> None:
     shard = dict(state_dict)
     get_sharded_checkpoint(shard, module, rank, ranks)
     result = module.load_state_dict(shard, strict=False)
@@ -158,6 +168,25 @@ def load_weights(
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Norm of the difference, as a share of the reference's norm."""
     return float((value - reference).norm() / reference.norm())
+
+
+def different_tensors(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> list[str]:
+    """Names of the tensors that are not the same in both, to the last bit."""
+    return sorted(
+        name
+        for name in actual.keys() | expected.keys()
+        if name not in actual
+        or name not in expected
+        or not _same_bits(actual[name], expected[name])
+    )
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def moe_errors(checkpoint: Path, loaded: LoadedModel) -> list[float]:
