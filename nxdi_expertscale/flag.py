@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nxdi_expertscale.errors import ConfigurationError
-from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.families import MoEFamily, why_unsupported
 
 _logger = logging.getLogger("nxdi_expertscale")
 
@@ -73,10 +73,7 @@ def check_neuron_config(neuron_config: Any) -> None:
     Raises:
         ConfigurationError: The flag is on together with another quantization type.
     """
-    if not is_on(neuron_config):
-        return
-    if not is_quantized(neuron_config):
-        _logger.warning("%s has no effect: the model is not quantized (quantized=False)", NAME)
+    if not is_on(neuron_config) or not is_quantized(neuron_config):
         return
     found = quantization_type(neuron_config)
     if found != PER_CHANNEL:
@@ -84,6 +81,12 @@ def check_neuron_config(neuron_config: Any) -> None:
             f"{NAME}=True needs quantization_type={PER_CHANNEL!r}, not {found!r}: the experts "
             "then get one scale per expert, everything else stays per-channel"
         )
+
+
+def warn_if_without_effect(neuron_config: Any) -> None:
+    """Say so where the flag is on and the model is not quantized."""
+    if is_on(neuron_config) and not is_quantized(neuron_config):
+        _logger.warning("%s has no effect: the model is not quantized (quantized=False)", NAME)
 
 
 def check_model(
@@ -182,10 +185,30 @@ def family_of_model(model_config: Any, families: Sequence[MoEFamily]) -> MoEFami
 
     By its ``model_type``; where there is none, by the upstream module that defines its class.
     """
-    model_type = getattr(model_config, "model_type", None)
-    modules = {parent.__module__ for parent in type(model_config).__mro__}
+    model_type, modules = _identity(model_config)
     for family in families:
         by_type = model_type in family.model_types
         if by_type or (not model_type and family.converter.partition(":")[0] in modules):
             return family
     return None
+
+
+def refuse_unsupported(neuron_config: Any, model_config: Any) -> None:
+    """Refuse the flag for a model of which it is known that it cannot have it.
+
+    Raises:
+        ConfigurationError: It is one; the message says why.
+    """
+    if not is_on(neuron_config) or not is_quantized(neuron_config):
+        return
+    model_type, modules = _identity(model_config)
+    reason = why_unsupported(model_type, modules)
+    if reason is not None:
+        name = model_type or type(model_config).__name__
+        raise ConfigurationError(f"{NAME}=True is not supported for {name!r}: {reason}")
+
+
+def _identity(model_config: Any) -> tuple[str | None, set[str]]:
+    """A config's ``model_type``, and the modules that define its class."""
+    modules = {parent.__module__ for parent in type(model_config).__mro__}
+    return getattr(model_config, "model_type", None), modules
