@@ -18,7 +18,7 @@ from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.evaluation import Evaluation, evaluate_checkpoint
 
 CONFIG = small_model.qwen3_moe_config(hidden_size=64, moe_intermediate_size=64)
-RECIPE = small_model.Recipe(steps=200)
+RECIPE = small_model.Recipe(steps=300)
 TOKENS = 8192
 """How many tokens of the held-out text are predicted."""
 
@@ -61,7 +61,7 @@ def run(bar: Bar) -> Demo:
     corpus = small_model.python_library()
     folder = _cache() / f"demo-{_fingerprint(corpus)}"
     folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / "lock"):
+    with filelock.FileLock(folder / "lock"), small_model.one_thread():
         return _run(folder, corpus, bar)
 
 
