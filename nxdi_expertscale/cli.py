@@ -53,7 +53,7 @@ def quantize(
     from nxdi_expertscale import report
     from nxdi_expertscale.checkpoint import quantize_checkpoint
 
-    with report.progress_bar() as progress:
+    with report.progress_bar("quantizing") as progress:
         result = quantize_checkpoint(
             src,
             dst,
@@ -65,6 +65,126 @@ def quantize(
     for name in result.unused_exclusions:
         click.echo(f"nxdi-expertscale: no module of {src} is named {name!r}", err=True)
     click.echo(report.to_json(result) if as_json else report.quantization_summary(result))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def doctor(*, as_json: bool) -> int:
+    """Say whether it will work here, and if not why.
+
+    NxDI is imported in a process of its own. The status is 0 for yes, 1 for no.
+    """
+    from nxdi_expertscale import report
+    from nxdi_expertscale.doctor import examine
+
+    found = examine()
+    click.echo(report.to_json(found) if as_json else report.examination(found))
+    return 0 if found.works else ANSWER_IS_NO
+
+
+@cli.command()
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--against", metavar="SRC", type=click.Path(path_type=Path), help="Its source.")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads; by default one per core.")
+@click.option("--json", "as_json", is_flag=True, help="Print what is found as JSON.")
+def verify(*, dst: Path, against: Path | None, workers: int | None, as_json: bool) -> int:
+    """Check the finished checkpoint DST: files, names, shapes, range and scales.
+
+    With SRC, measure the error of each layer as well. The status is 1 if there is a fault.
+    """
+    from nxdi_expertscale import report
+    from nxdi_expertscale.checkpoint import verify_checkpoint
+
+    with report.progress_bar("verifying") as progress:
+        result = verify_checkpoint(dst, against, workers=workers, progress=progress)
+    click.echo(report.to_json(result) if as_json else report.verification_summary(result))
+    return ANSWER_IS_NO if result.faults else 0
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--plot", metavar="FILE.png", type=click.Path(path_type=Path), help="Draw it too.")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads; by default one per core.")
+@click.option("--json", "as_json", is_flag=True, help="Print what is found as JSON.")
+def inspect(*, checkpoint: Path, plot: Path | None, workers: int | None, as_json: bool) -> None:
+    """Say what CHECKPOINT is, quantized or not, and how far its experts' scales lie apart."""
+    from nxdi_expertscale import report
+    from nxdi_expertscale.checkpoint import inspect_checkpoint
+
+    with report.progress_bar("reading") as progress:
+        result = inspect_checkpoint(checkpoint, workers=workers, progress=progress)
+    if plot is not None:
+        report.draw_heat_map(result, plot)
+    click.echo(report.to_json(result) if as_json else report.inspection_summary(result))
+
+
+@cli.command("neuron-config")
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--tp-degree", type=click.IntRange(min=1), help="Tensor parallel degree.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Batch size.")
+@click.option("--seq-len", type=click.IntRange(min=1), help="Longest sequence, in tokens.")
+def neuron_config(
+    *, dst: Path, tp_degree: int | None, batch_size: int | None, seq_len: int | None
+) -> None:
+    """Print the settings that load the finished checkpoint DST, for NxDI and for vLLM, as JSON."""
+    from nxdi_expertscale import report
+    from nxdi_expertscale.checkpoint import neuron_settings
+
+    settings = neuron_settings(dst, tp_degree=tp_degree, batch_size=batch_size, seq_len=seq_len)
+    click.echo(report.to_json(settings))
+
+
+@cli.command()
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="By default Python's own documentation."
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="How many tokens of the text to predict.",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw a picture into this PNG file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def evaluate(
+    *, src: Path, dst: Path, text: Path | None, tokens: int, plot: Path | None, as_json: bool
+) -> None:
+    """Measure the quantized checkpoint DST against its original SRC, on a CPU.
+
+    Beside DST as it is stands what averaged scales would make of it. The experts are read one by
+    one: a model need not fit in memory.
+    """
+    from nxdi_expertscale import report
+    from nxdi_expertscale.evaluation import evaluate_checkpoint
+
+    with report.progress_bar("evaluating", report.STEPS) as progress:
+        result = evaluate_checkpoint(src, dst, text=text, tokens=tokens, progress=progress)
+    if plot is not None:
+        report.plot_evaluation(result, plot)
+    click.echo(report.to_json(result) if as_json else report.evaluation_table(result))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def demo(*, as_json: bool) -> None:
+    """Train a small model, quantize it, verify it, and measure it: two minutes, on any machine.
+
+    The model is kept in the user's cache, so a second run takes seconds.
+    """
+    from functools import partial
+
+    from nxdi_expertscale import demo, report
+
+    result = demo.run(partial(report.progress_bar, measure=report.STEPS))
+    if as_json:
+        click.echo(report.to_json(result))
+        return
+    picture = result.model.with_name("evaluation.png")
+    report.plot_evaluation(result.evaluation, picture)
+    click.echo(report.demo_summary(result, picture))
 
 
 def main(arguments: list[str] | None = None) -> None:

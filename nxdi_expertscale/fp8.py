@@ -21,6 +21,25 @@ MIN_SCALE = 1e-5
 _LAST_BYTE = 0x77
 """The magnitude bits of ±240; more is beyond Neuron's range."""
 
+_NAN_BYTE = 0x7F
+"""The magnitude bits of NaN."""
+
+_ALL_BUT_TOP_EXPONENT_BIT = ~0x4000
+
+
+def scale_per_channel(values: torch.Tensor) -> torch.Tensor:
+    """The scale of each output channel of a weight.
+
+    Args:
+        values: ``[..., out, in]``, of any float dtype.
+
+    Returns:
+        ``[..., out, 1]``, ``torch.float32``; not finite where a channel has NaN or infinity.
+    """
+    # The largest magnitude, without a temporary as large as the weight.
+    largest = torch.maximum(values.amax(dim=-1, keepdim=True), -values.amin(dim=-1, keepdim=True))
+    return (largest.to(torch.float32) / E4M3_MAX).clamp_min(MIN_SCALE)
+
 
 def quantize_per_channel(
     weight: torch.Tensor, *, scratch: torch.Tensor | None = None, out: torch.Tensor | None = None
@@ -40,11 +59,29 @@ def quantize_per_channel(
     """
     values = torch.empty_like(weight, dtype=torch.float32) if scratch is None else scratch
     values.copy_(weight)
-    largest = torch.maximum(values.amax(dim=-1, keepdim=True), -values.amin(dim=-1, keepdim=True))
-    scale = (largest / E4M3_MAX).clamp_min(MIN_SCALE)
-    values.div_(scale).clamp_(-E4M3_MAX, E4M3_MAX)
+    scale = scale_per_channel(values)
+    # No clamp: a quotient is above 240 by a rounding error at most, and the cast rounds it to 240.
+    values.div_(scale)
     quantized = torch.empty_like(weight, dtype=torch.float8_e4m3fn) if out is None else out
     return quantized.copy_(values), scale
+
+
+def decode(weight: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """Turn E4M3 into float32, many times as fast as torch's cast does (2.13, on a CPU).
+
+    Args:
+        weight: ``torch.float8_e4m3fn``, of any shape.
+        out: ``torch.float32`` of the same shape for the result.
+    """
+    # float16 has one exponent bit more and seven mantissa bits more: moved to their places, the
+    # bits of E4M3 are those of float16, with a bias of the exponent that is smaller by 8. That
+    # holds for subnormal numbers too, and for all but NaN.
+    bits = weight.view(torch.int8).to(torch.int16)
+    bits.bitwise_left_shift_(7).bitwise_and_(_ALL_BUT_TOP_EXPONENT_BIT)
+    out.copy_(bits.view(torch.float16)).mul_(256.0)
+    if _has_nan(weight):
+        out.masked_fill_((weight.view(torch.uint8) & 0x7F) == 0x7F, torch.nan)
+    return out
 
 
 def scale_blocks_(values: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
@@ -78,13 +115,22 @@ def exceeds_range(weight: torch.Tensor) -> bool:
     Args:
         weight: ``torch.float8_e4m3fn``, of any shape.
     """
+    return _largest_magnitude_byte(weight) > _LAST_BYTE
+
+
+def _has_nan(weight: torch.Tensor) -> bool:
+    return _largest_magnitude_byte(weight) == _NAN_BYTE
+
+
+def _largest_magnitude_byte(weight: torch.Tensor) -> int:
+    """The largest byte of an E4M3 tensor, the sign bit aside; they are ordered as magnitudes."""
     if weight.numel() == 0:
-        return False
-    # Read as a signed byte, every positive value beyond the range is above 0x77, and read as an
-    # unsigned one every negative value is above 0xF7: two reductions, no temporary.
-    highest_positive = int(weight.view(torch.int8).max())
-    highest_byte = int(weight.view(torch.uint8).max())
-    return highest_positive > _LAST_BYTE or highest_byte > (_LAST_BYTE | 0x80)
+        return 0
+    # Read as a signed byte the largest is the largest of the positive values, and read as an
+    # unsigned one that of the negative values, if there are any: two reductions, no temporary.
+    positive = int(weight.view(torch.int8).max())
+    negative = int(weight.view(torch.uint8).max()) - 0x80
+    return max(positive, negative)
 
 
 def is_quantized(weight: torch.Tensor) -> bool:

@@ -1,18 +1,21 @@
 """Calls back each time one of certain modules has been imported: first import, re-import, reload.
 
 wrapt's own post-import hooks fire once. A module that is reloaded, or imported anew after a failed
-attempt, would come back unpatched, and a model would run wrong without a word.
+attempt, would come back unpatched, and a model would run wrong without a word. Neither do they
+see a module that is run as a program, with ``python -m``.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, cast
 
 import wrapt
@@ -21,42 +24,50 @@ _logger = logging.getLogger(__name__)
 
 ModuleCallback = Callable[[ModuleType], None]
 
+_REPORT_PROGRAM = "__import__('nxdi_expertscale.importing').importing.report_program(globals())"
+
 
 class ImportWatcher(MetaPathFinder):
     """A finder that finds nothing itself, and tells when watched modules are loaded.
 
-    Safe in threads: it holds no lock while a module is searched for or executed.
+    Safe in threads: it holds no lock while a module is searched for, executed or reported.
     """
 
     def __init__(self, on_loaded: ModuleCallback) -> None:
         """Watch nothing yet.
 
         Args:
-            on_loaded: Called with each watched module after it was executed. What it raises
-                fails the import.
+            on_loaded: Called with each watched module after it was executed, or, if it is run as
+                a program, before its main part. What it raises fails the import. It may be
+                called twice for one execution.
         """
         self._on_loaded = on_loaded
-        self._names: frozenset[str] = frozenset()
+        self._lock = threading.Lock()
+        self._names: tuple[str, ...] = ()
         self._unfinished: dict[str, ModuleType] = {}
 
     def watch(self, names: Sequence[str]) -> None:
-        """Watch these modules and no others; with none, leave ``sys.meta_path``.
+        """Watch these modules and no others; with none, leave ``sys.meta_path``."""
+        with self._lock:
+            self._names = tuple(names)
+            self._unfinished.clear()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            if names:
+                sys.meta_path.insert(0, self)
 
-        Modules that are loaded already are reported at once. One that another thread is just
-        importing is waited for. One that is further up in this thread's own chain of imports is
-        reported at the next import that follows its end.
+    def report_loaded(self) -> None:
+        """Report the watched modules that are loaded already.
+
+        One that another thread is just importing is waited for. One that is further up in this
+        thread's own chain of imports is reported at the next import that follows its end.
         """
-        self._names = frozenset(names)
-        if self not in sys.meta_path and names:
-            sys.meta_path.insert(0, self)
-        elif self in sys.meta_path and not names:
-            sys.meta_path.remove(self)
-        for name in names:
+        for name in self._names:
+            if _is_initializing(sys.modules.get(name)):
+                _wait_for_other_threads(name)
             module = sys.modules.get(name)
             if module is None:
                 continue
-            if _is_initializing(module):
-                _wait_for_other_threads(name)
             if _is_initializing(module):
                 self._unfinished[name] = module
             else:
@@ -65,7 +76,10 @@ class ImportWatcher(MetaPathFinder):
     def report_finished(self) -> None:
         """Report modules that were half imported when they came to be watched, and are done."""
         for name, module in list(self._unfinished.items()):
-            if not _is_initializing(module) and self._unfinished.pop(name, None) is not None:
+            if _is_initializing(module) or self._unfinished.pop(name, None) is None:
+                continue
+            # An import that has failed leaves nothing to report.
+            if sys.modules.get(name) is module:
                 self._on_loaded(module)
 
     def find_spec(
@@ -86,16 +100,24 @@ class ImportWatcher(MetaPathFinder):
             spec: ModuleSpec | None = find(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = cast(Loader, _ReportingLoader(spec.loader, self._report))
+                    spec.loader = cast(Loader, _ReportingLoader(spec.loader, self.report))
                 return spec
         return None
 
-    def _report(self, module: ModuleType) -> None:
-        if module.__name__ in self._names:
+    def report(self, module: ModuleType) -> None:
+        """Report a module, if it is one of those that are watched."""
+        if name_of(module) in self._names:
             self._on_loaded(module)
 
 
-class _ReportingLoader(wrapt.ObjectProxy[Any]):
+def name_of(module: ModuleType) -> str:
+    """The name that a module is imported by, also of one that is run as ``__main__``."""
+    spec = module.__spec__
+    return module.__name__ if spec is None else spec.name
+
+
+# wrapt's classes take type arguments from 2.0 on only.
+class _ReportingLoader(wrapt.ObjectProxy):  # type: ignore[type-arg]
     """A module's loader, which reports the module after executing it."""
 
     def __init__(self, loader: Loader, on_loaded: ModuleCallback) -> None:
@@ -107,6 +129,14 @@ class _ReportingLoader(wrapt.ObjectProxy[Any]):
         self.__wrapped__.exec_module(module)
         self._self_on_loaded(module)
 
+    def get_code(self, fullname: str) -> CodeType | None:
+        """The code that runpy executes as ``__main__``, without asking for the module."""
+        code = _code_of_program(self.__wrapped__, fullname)
+        if code is None:
+            _logger.warning("%s is run as a program in a way that cannot be patched", fullname)
+            code = self.__wrapped__.get_code(fullname)
+        return code
+
     def _self_restore_loader(self, module: ModuleType) -> None:
         # Resources, inspect and pickle look at the loader: they must see the real one.
         if getattr(module, "__loader__", None) is self:
@@ -116,7 +146,45 @@ class _ReportingLoader(wrapt.ObjectProxy[Any]):
             spec.loader = self.__wrapped__
 
 
-def _is_initializing(module: ModuleType) -> bool:
+def _code_of_program(loader: InspectLoader, name: str) -> CodeType | None:
+    """A module's code, with a call that reports it between its definitions and its main part.
+
+    None where there is no source, or no ``if __name__ == "__main__"`` in it.
+    """
+    source = loader.get_source(name)
+    if source is None:
+        return None
+    tree = ast.parse(source)
+    for place, statement in enumerate(tree.body):
+        if isinstance(statement, ast.If) and ast.unparse(statement.test).startswith("__name__ =="):
+            report = ast.parse(_REPORT_PROGRAM).body[0]
+            for node in ast.walk(report):
+                ast.copy_location(node, statement)
+            tree.body.insert(place, report)
+            path: Any = getattr(loader, "path", name)
+            return compile(tree, path, "exec", dont_inherit=True)
+    return None
+
+
+def report_program(variables: Mapping[str, Any]) -> None:
+    """Report the module that is run as a program, of which these are the global variables."""
+    module = sys.modules.get(variables["__name__"])
+    if module is None or vars(module) is not variables:
+        # runpy.run_module without alter_sys: the variables are those of no module.
+        _logger.warning("%s is run in a way that cannot be patched", variables["__file__"])
+        return
+    for finder in list(sys.meta_path):
+        if isinstance(finder, ImportWatcher):
+            finder.report(module)
+
+
+def is_loaded(name: str) -> bool:
+    """Whether a module is imported, all of it."""
+    module = sys.modules.get(name)
+    return module is not None and not _is_initializing(module)
+
+
+def _is_initializing(module: ModuleType | None) -> bool:
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 

@@ -6,24 +6,33 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import filesize
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+from nxdi_expertscale.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from nxdi_expertscale.checkpoint import QuantizationResult
+    from nxdi_expertscale.checkpoint import Inspection, QuantizationResult, Verification
+    from nxdi_expertscale.demo import Demo
+    from nxdi_expertscale.doctor import Examination
+    from nxdi_expertscale.evaluation import Agreement, Evaluation
 
 
 def to_json(value: Any) -> str:
@@ -37,27 +46,35 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
+BYTES = (DownloadColumn(), TransferSpeedColumn())
+"""What a bar shows of work that is measured in bytes."""
+
+STEPS = (MofNCompleteColumn(),)
+"""What a bar shows of work that is measured in steps."""
+
+
 @contextmanager
-def progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr with bytes, rate and time left; nothing where stderr is not a terminal."""
+def progress_bar(
+    what: str, measure: Sequence[ProgressColumn] = BYTES
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr with what is done and the time left; nothing where it is no terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("[progress.description]{task.description}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *measure,
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("quantizing", total=None)
+        task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def quantization_summary(result: QuantizationResult) -> str:
     """What ``quantize`` made, in a few lines."""
     table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("before", _gigabytes(result.source_bytes))
-    table.add_row("after", f"{_gigabytes(result.output_bytes)} in {result.shards} files")
+    table.add_row("before", filesize.decimal(result.source_bytes))
+    table.add_row("after", f"{filesize.decimal(result.output_bytes)} in {result.shards} files")
     table.add_row("time", f"{result.seconds:.1f} s")
     for kind, count in result.tensors.items():
         table.add_row(kind, f"{count} tensors")
@@ -68,8 +85,221 @@ def quantization_summary(result: QuantizationResult) -> str:
     return f"{result.destination}\n{rendered(table)}"
 
 
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
+def examination(found: Examination) -> str:
+    """What ``doctor`` found, its verdict last."""
+    release = found.release
+    known = f"NxDI {release.nxdi}, Neuron SDK {release.sdk}" if release else "none that was tested"
+    packages = {name: version or "absent" for name, version in found.packages.items()}
+    sections = [
+        ("Installed", {**packages, "release": known}),
+        ("Seams", {seam.seam: f"{seam.state} {seam.reason}".strip() for seam in found.seams}),
+        ("Activation", found.activation),
+        ("Device", found.device),
+    ]
+    parts = [f"{title}\n{_pairs(rows)}" for title, rows in sections if rows]
+    parts += [f"warning: {warning}" for warning in found.warnings]
+    parts += [f"problem: {problem}" for problem in found.problems]
+    return "\n\n".join([*parts, found.verdict])
+
+
+def _pairs(rows: Mapping[str, str]) -> str:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(f"  {name}", Text(value))
+    return rendered(table)
+
+
+def verification_summary(result: Verification) -> str:
+    """What ``verify`` found."""
+    lines = [f"{fault.where}: {fault.what}" for fault in result.faults]
+    if result.layers:
+        table = Table("layer", title="Error against the source")
+        table.add_column("signal to noise", justify="right")
+        table.add_column("worst tensor", overflow="fold")
+        table.add_column("its own", justify="right")
+        for layer in result.layers:
+            table.add_row(
+                layer.layer,
+                _decibels(layer.snr_db),
+                layer.worst_tensor,
+                _decibels(layer.worst_snr_db),
+            )
+        lines.append(rendered(table))
+    verdict = f"{len(result.faults)} faults" if result.faults else "good"
+    lines.append(
+        f"{result.folder}: {verdict} ({result.files} files, {result.quantized} quantized weights)"
+    )
+    return "\n".join(lines)
+
+
+def _decibels(value: float | None) -> str:
+    return "exact" if value is None else f"{value:.1f} dB"
+
+
+def inspection_summary(result: Inspection) -> str:
+    """What ``inspect`` found."""
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_row("model", result.model_type)
+    facts.add_row("weights", result.scheme or "full precision")
+    for dtype, nbytes in result.dtypes.items():
+        facts.add_row("", f"{dtype} {filesize.decimal(nbytes)}")
+    if result.made_by is not None:
+        facts.add_row("made by", f"nxdi-expertscale {result.made_by}")
+    facts.add_row("experts", f"{result.num_experts} in each of {len(result.layers)} layers")
+    table = Table("layer", title="Scales of the experts")
+    table.add_column("largest over smallest", justify="right")
+    table.add_column("error of one shared scale", justify="right")
+    for layer in result.layers:
+        table.add_row(str(layer.layer), f"{layer.spread:.2f}", f"{layer.shared_scale_error:.1%}")
+    return f"{result.folder}\n{rendered(facts)}\n{rendered(table)}"
+
+
+def draw_heat_map(result: Inspection, file: Path) -> None:
+    """Draw how far each expert's scale lies from the mean of its layer.
+
+    One row for each layer, one column for each expert; beside it the error that one shared scale
+    would cause in each layer.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed, or cannot write such a file.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+    except ImportError:
+        raise ConfigurationError(
+            "--plot: needs matplotlib; install it with: pip install 'nxdi-expertscale[plot]'"
+        ) from None
+    if file.suffix.lower() not in {".png", ".pdf", ".svg"}:
+        raise ConfigurationError(f"--plot: {file} has to end in .png, .pdf or .svg")
+    names = [str(layer.layer) for layer in result.layers]
+    ratios = [layer.experts for layer in result.layers]
+    # Symmetric about 1, and never so narrow that differences of a percent look like much.
+    extreme = max(1.25, *(max(ratio, 1 / ratio) for row in ratios for ratio in row))
+    figure = Figure(figsize=(11, max(3.2, 0.22 * len(names) + 2)), layout="constrained")
+    FigureCanvasAgg(figure)
+    heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
+    image = heat.imshow(
+        ratios,
+        aspect="auto",
+        cmap="RdBu_r",
+        norm=LogNorm(1 / extreme, extreme),
+        interpolation="nearest",
+    )
+    heat.set(xlabel="expert", ylabel="layer", title="scale of each expert over its layer's mean")
+    heat.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+    step = -(-len(names) // 48)
+    heat.set_yticks(range(0, len(names), step), names[::step])
+    steps = [extreme ** (part / 4) for part in range(-4, 5)]
+    bar = figure.colorbar(image, ax=heat, ticks=steps, format=FuncFormatter(_ratio), pad=0.02)
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    bars.barh(range(len(names)), [layer.shared_scale_error for layer in result.layers], color="0.4")
+    bars.set(xlabel="error of the weights", title="with one shared scale", xlim=(0, None))
+    bars.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figure.suptitle(f"{result.folder.name}: how far the experts' scales lie apart")
+    figure.savefig(file, dpi=150)
+
+
+def _ratio(value: float, _position: int | None = None) -> str:
+    return f"{value:.2f}" if value >= 1 else f"1/{1 / value:.2f}"
+
+
+def demo_summary(result: Demo, picture: Path) -> str:
+    """What the demo made and found, and what to type next."""
+    origin = "trained now" if result.trained else "trained by an earlier run"
+    facts = {
+        "model": f"{result.model} ({origin}, on Python's own library)",
+        "quantized": f"{result.quantized}",
+        "verified": f"{result.verified} quantized weights, no fault",
+        "text": f"{result.text} (kept from training)",
+        "picture": f"{picture}",
+    }
+    return "\n".join(
+        [
+            _pairs(facts),
+            evaluation_table(result.evaluation),
+            f"Bytes at random, each as often as it occurs: {result.unigram_perplexity:.4g}",
+            "",
+            "Now with a model of your own, a folder from the Hugging Face hub:",
+            "  nxdi-expertscale quantize MODEL MODEL-FP8",
+            "  nxdi-expertscale evaluate MODEL MODEL-FP8 --plot evaluation.png",
+        ]
+    )
+
+
+def evaluation_table(result: Evaluation) -> str:
+    """The original, and the quantized checkpoint with each kind of scales."""
+    table = Table("")
+    for column in (
+        "perplexity",
+        "KL divergence",
+        "same top-1 token",
+        "error of the experts' output",
+    ):
+        table.add_column(column, justify="right")
+    table.add_row("original", f"{result.perplexity:.4g}", "", "", "")
+    for name, found in scale_kinds(result).items():
+        change = found.perplexity / result.perplexity - 1
+        errors = found.layer_errors.values()
+        table.add_row(
+            name,
+            f"{found.perplexity:.4g} ({change:+.1%})",
+            f"{found.kl_divergence:.2g} nats",
+            f"{found.top1_agreement:.1%}",
+            f"{min(errors):.1%} to {max(errors):.1%}",
+        )
+    where = f"{result.tokens} tokens of {result.text}, {result.sequence} at a time"
+    return f"{rendered(table)}\n{where}; {result.seconds:.0f} s"
+
+
+def scale_kinds(result: Evaluation) -> dict[str, Agreement]:
+    """What was measured, by the name that people read."""
+    return {"one scale per expert": result.expert_wise, "one averaged scale": result.averaged}
+
+
+def plot_evaluation(result: Evaluation, path: Path) -> None:
+    """Draw the errors of all layers, and the perplexities, into a PNG file.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    figure = _figure(width=10, height=4)
+    layers, perplexities = figure.subplots(1, 2, width_ratios=(3, 2))
+    kinds = scale_kinds(result)
+    for (name, found), colour in zip(kinds.items(), _COLOURS[1:], strict=True):
+        numbers, errors = found.layer_errors.keys(), found.layer_errors.values()
+        layers.plot(list(numbers), [100 * e for e in errors], "o-", color=colour, label=name)
+    layers.set_yscale("log")
+    layers.yaxis.set_major_formatter("{x:g} %")
+    layers.xaxis.get_major_locator().set_params(integer=True)
+    layers.set_xlabel("layer")
+    layers.set_title("Error of the experts' output, given the original's input")
+    layers.grid(axis="y", which="both", alpha=0.3)
+    layers.legend()
+    values = [result.perplexity, *(found.perplexity for found in kinds.values())]
+    names = ["original", *(name.replace(" scale", "\nscale") for name in kinds)]
+    bars = perplexities.bar(names, values, color=_COLOURS)
+    perplexities.bar_label(bars, fmt="{:.4g}")
+    perplexities.set_title("Perplexity (lower is better)")
+    perplexities.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png", dpi=150)
+
+
+_COLOURS = ("#7f7f7f", "#1f77b4", "#d62728")
+"""Of the original, of expert-wise scales, and of averaged ones."""
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigurationError(
+            "pictures are drawn with matplotlib, which is not installed: "
+            "pip install 'nxdi-expertscale[plot]'"
+        ) from None
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def rendered(table: Table) -> str:

@@ -126,3 +126,30 @@ def spread(scales: torch.Tensor) -> Spread:
     """
     ratio = scales.amax(dim=0) / scales.amin(dim=0)
     return Spread(median=float(ratio.median()), largest=float(ratio.max()))
+
+
+def relative_to_average(scales: torch.Tensor) -> torch.Tensor:
+    """Each expert's scale over the mean of all, the median of its channels.
+
+    Args:
+        scales: ``[E, 1, dim]``, finite and positive.
+
+    Returns:
+        ``[E]``; 1.0 where an expert's scale is the mean.
+    """
+    return (scales / average(scales)).squeeze(1).median(dim=1).values
+
+
+def error_of_average(scales: torch.Tensor, energy: torch.Tensor) -> float:
+    """Relative error (Frobenius norm) of weights that are read with the mean of the scales.
+
+    Each weight is quantized with its own scale, and read with the one that all experts share:
+    a channel is off by the factor between the two. What rounding adds is left out.
+
+    Args:
+        scales: ``[E, 1, dim]``, finite and positive.
+        energy: Sum of the squares of each channel's weights, ``[E, 1, dim]``.
+    """
+    error = energy * (average(scales) / scales - 1).square()
+    total = float(energy.sum(dtype=torch.float64))
+    return float((error.sum(dtype=torch.float64) / total).sqrt()) if total > 0 else 0.0

@@ -22,11 +22,11 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file that was written: name, bytes, and SHA-256 of it."""
+    """A file that was written: name, bytes, and digest of it."""
 
     name: str
     size: int
-    sha256: str
+    blake3: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Manifest:
 
 def file_record(path: Path) -> FileRecord:
     """The record of a file as it is on the disk."""
-    return FileRecord(path.name, path.stat().st_size, digests.file_sha256(path))
+    return FileRecord(path.name, path.stat().st_size, digests.digest_file(path))
 
 
 def render_json(value: Mapping[str, Any]) -> bytes:
@@ -138,6 +138,18 @@ def is_untouched(folder: str | os.PathLike[str]) -> bool:
         (path / record.name).is_file() and (path / record.name).stat().st_size == record.size
         for record in (*manifest.shards, *manifest.files)
     )
+
+
+def tensor_names(folder: str | os.PathLike[str]) -> set[str]:
+    """Names of the tensors of a finished folder, as its index has them.
+
+    Raises:
+        CheckpointError: The index is missing or damaged.
+    """
+    weight_map = read_json(Path(folder).resolve(), INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{Path(folder) / INDEX}: has no weight_map; run quantize again")
+    return set(weight_map)
 
 
 def normalized(exclusions: Sequence[str]) -> tuple[str, ...]:

@@ -7,27 +7,22 @@ from __future__ import annotations
 
 import enum
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nxdi_expertscale.checkpoint.source import CONFIG, Checkpoint
-from nxdi_expertscale.checkpoint.tensor_file import NewTensor, StoredTensor, lay_out
-from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families import MoEFamily
-
-FLOATS = ("BF16", "F16", "F32")
-"""Dtypes of weights that hold their values as they are."""
-
-FP8 = "F8_E4M3"
-"""The dtype of a quantized weight, in a source and in the output."""
-
-SCALE_SUFFIX = "weight_scale"
-"""compressed-tensors' name of a scale, which NxDI's ``get_state_dict`` reads too."""
-
-BLOCK_SCALE_SUFFIX = "weight_scale_inv"
-"""Hugging Face's name of the scales of a weight in FP8 blocks."""
+from nxdi_expertscale.checkpoint.source import Checkpoint
+from nxdi_expertscale.checkpoint.tensor_file import NewTensor, lay_out
+from nxdi_expertscale.checkpoint.tensors import (
+    FP8,
+    SCALE_SUFFIX,
+    Weight,
+    check_architecture,
+    module_of,
+    read_weights,
+)
+from nxdi_expertscale.families import MoEFamily, ties_embeddings
 
 LM_HEAD = "lm_head"
 
@@ -44,35 +39,40 @@ class Treatment(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A tensor of the source and what becomes of it.
+    """A tensor of the source, what is done with it, and the dtype that it gets."""
 
-    Attributes:
-        source: The tensor.
-        treatment: What is done with it.
-        is_expert: Whether it is a weight of an expert.
-        scale: The source's scale of it, if it is quantized there.
-        block: Rows and columns that share one scale there, if it is quantized in blocks.
-        dtype: The dtype that it gets.
-    """
-
-    source: StoredTensor
+    weight: Weight
     treatment: Treatment
-    is_expert: bool
     dtype: str
-    scale: StoredTensor | None = None
-    block: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name, in the source and in the output."""
+        return self.weight.tensor.name
 
     @property
     def scale_name(self) -> str:
         """Name of the scale that it gets when it is quantized."""
-        return f"{_module(self.source.name)}.{SCALE_SUFFIX}"
+        return f"{self.weight.module}.{SCALE_SUFFIX}"
 
     @property
     def outputs(self) -> Iterator[NewTensor]:
         """The tensors that are written for it."""
-        yield NewTensor(self.source.name, self.dtype, self.source.shape)
+        shape = self.weight.tensor.shape
+        yield NewTensor(self.name, self.dtype, shape)
         if self.treatment is Treatment.QUANTIZE:
-            yield NewTensor(self.scale_name, "F32", (self.source.shape[0], 1))
+            yield NewTensor(self.scale_name, "F32", (shape[0], 1))
+
+    @property
+    def kind(self) -> str:
+        """What the summary counts it as."""
+        if self.treatment is not Treatment.QUANTIZE:
+            return str(self.treatment.value)
+        return "quantized experts" if self.weight.expert is not None else "quantized linears"
+
+
+KINDS = ("quantized experts", "quantized linears", "dequantized", "kept")
+"""Every :attr:`PlannedTensor.kind`."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,11 @@ class ShardPlan:
     offsets: Mapping[str, int]
     nbytes: int
     tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the tensors that it is made from."""
+        return sum(planned.weight.tensor.nbytes for planned in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -113,22 +118,27 @@ class Plan:
     unused_exclusions: tuple[str, ...]
 
     @property
-    def tensors(self) -> Iterator[PlannedTensor]:
-        """Every tensor of the source, with what becomes of it."""
-        for shard in self.shards:
-            yield from shard.tensors
+    def nbytes(self) -> int:
+        """Bytes of all files of weights."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def count_kinds(self) -> dict[str, int]:
+        """How many tensors there are of each kind."""
+        counts = Counter(planned.kind for shard in self.shards for planned in shard.tensors)
+        return {kind: counts[kind] for kind in KINDS}
 
 
 def make_plan(
     checkpoint: Checkpoint,
     family: MoEFamily,
-    modules_to_not_convert: Sequence[str],
+    modules_to_not_convert: Iterable[str],
     max_shard_bytes: int,
 ) -> Plan:
     """Decide what becomes of each tensor, and in which file it goes.
 
     What is quantized is what NxDI's own step quantizes (``application_base.py``,
     ``generate_quantized_state_dict``: every linear layer, ``lm_head`` too), except the router.
+    What is not quantized keeps its dtype; if it was quantized it gets the model's.
 
     Args:
         checkpoint: The source.
@@ -141,199 +151,70 @@ def make_plan(
             experts, or has shapes that disagree with its config.
         ConfigurationError: An exclusion names a part of a fused weight.
     """
-    exclusions = _effective_exclusions(checkpoint, modules_to_not_convert)
-    tensors = list(_plan_tensors(checkpoint, family, exclusions))
+    asked = tuple(modules_to_not_convert)
+    exclusions = effective_exclusions(checkpoint.config, family, asked)
+    weights = read_weights(checkpoint, family)
     check_architecture(checkpoint, family)
-    shards = tuple(_plan_shards(tensors, max_shard_bytes))
+    full_precision = _full_precision(checkpoint.config)
+    planned = [_planned(weight, family, exclusions, full_precision) for weight in weights]
+    shards = tuple(_shards(planned, max_shard_bytes))
     weight_map = {name: shard.name for shard in shards for name in shard.offsets}
-    total = sum(new.nbytes for tensor in tensors for new in tensor.outputs)
+    total = sum(new.nbytes for tensor in planned for new in tensor.outputs)
     return Plan(
         shards=shards,
         index={"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
-        config=_output_config(checkpoint.config, family, tensors),
+        config=_output_config(checkpoint.config, planned),
         exclusions=exclusions,
-        unused_exclusions=tuple(_unused(exclusions, family, checkpoint)),
+        unused_exclusions=tuple(_unused(asked, weights, family)),
     )
 
 
-def _effective_exclusions(checkpoint: Checkpoint, asked: Sequence[str]) -> tuple[str, ...]:
-    exclusions = tuple(dict.fromkeys(asked))
-    # With tied embeddings there is one table for both, and a table has no scales.
-    if checkpoint.config.get("tie_word_embeddings") is True and LM_HEAD not in exclusions:
-        exclusions += (LM_HEAD,)
-    return exclusions
+def effective_exclusions(
+    config: Mapping[str, Any], family: MoEFamily, asked: Iterable[str]
+) -> tuple[str, ...]:
+    """Exclusions as asked for, as the family needs, and ``lm_head`` with tied embeddings."""
+    # One table then serves both ends of the model, and a table of embeddings has no scales.
+    tied = (LM_HEAD,) if ties_embeddings(config) else ()
+    return tuple(dict.fromkeys((*asked, *family.full_precision, *tied)))
 
 
-def _unused(exclusions: Iterable[str], family: MoEFamily, checkpoint: Checkpoint) -> Iterator[str]:
-    modules = {_module(name) for name in checkpoint.tensors}
+def _unused(
+    exclusions: Iterable[str], weights: Sequence[Weight], family: MoEFamily
+) -> Iterator[str]:
+    modules = {weight.module for weight in weights} | {LM_HEAD}
     for exclusion in exclusions:
-        if exclusion != LM_HEAD and not any(
-            family.excludes(module, [exclusion]) for module in modules
-        ):
+        if not any(family.excludes(module, [exclusion]) for module in modules):
             yield exclusion
 
 
-def _plan_tensors(
-    checkpoint: Checkpoint, family: MoEFamily, exclusions: Sequence[str]
-) -> Iterator[PlannedTensor]:
-    scheme = source_scheme(checkpoint)
-    scales = {
-        f"{_module(name)}.weight": tensor
-        for name, tensor in checkpoint.tensors.items()
-        if name.endswith((f".{SCALE_SUFFIX}", f".{BLOCK_SCALE_SUFFIX}"))
+def quantized_tensors(
+    checkpoint: Checkpoint, family: MoEFamily, modules_to_not_convert: Iterable[str]
+) -> set[str]:
+    """Names of the tensors that a plan with these exclusions quantizes; see :func:`make_plan`."""
+    exclusions = effective_exclusions(checkpoint.config, family, modules_to_not_convert)
+    return {
+        weight.tensor.name
+        for weight in read_weights(checkpoint, family)
+        if _is_to_be_quantized(weight, family, exclusions)
     }
-    _check_scales_have_weights(checkpoint, scales)
-    names_of_scales = {tensor.name for tensor in scales.values()}
-    full_dtype = _full_precision(checkpoint.config)
-    for name, tensor in checkpoint.tensors.items():
-        if name in names_of_scales:
-            continue
-        scale = scales.get(name)
-        where = checkpoint.folder / tensor.file
-        is_expert = family.parse_expert_key(name) is not None
-        block = _check_weight(where, tensor, scale, scheme, is_expert)
-        if not _is_linear(tensor, family):
-            converted = False
-        else:
-            converted = not family.is_router_key(name) and not family.excludes(
-                _module(name), exclusions
-            )
-        if converted:
-            treatment, dtype = Treatment.QUANTIZE, FP8
-        elif tensor.dtype == FP8:
-            treatment, dtype = Treatment.DEQUANTIZE, full_dtype
-        else:
-            treatment, dtype = Treatment.KEEP, tensor.dtype
-        yield PlannedTensor(tensor, treatment, is_expert, dtype, scale, block)
 
 
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _is_linear(tensor: StoredTensor, family: MoEFamily) -> bool:
-    module, _, kind = tensor.name.rpartition(".")
+def _is_to_be_quantized(weight: Weight, family: MoEFamily, exclusions: Collection[str]) -> bool:
     return (
-        kind == "weight"
-        and len(tensor.shape) == 2
-        and module.removeprefix("model.") != family.embeddings
+        weight.is_linear
+        and not family.is_router_key(weight.tensor.name)
+        and not family.excludes(weight.module, exclusions)
     )
 
 
-@dataclass(frozen=True)
-class SourceScheme:
-    """How a checkpoint is quantized already.
-
-    Attributes:
-        name: In words, for people.
-        block: Rows and columns that share a scale, where Hugging Face's FP8 blocks are used.
-    """
-
-    name: str
-    block: tuple[int, int] | None = None
-
-
-def source_scheme(checkpoint: Checkpoint) -> SourceScheme | None:
-    """Read from ``config.json`` how a checkpoint is quantized; None if it is not.
-
-    Raises:
-        CheckpointError: In a way that cannot be read.
-    """
-    settings = checkpoint.config.get("quantization_config")
-    if settings is None:
-        return None
-    where = f"{checkpoint.folder / CONFIG}: quantization_config"
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{where}: is not an object; download the file again")
-    method = settings.get("quant_method")
-    if method == "fp8":
-        block = settings.get("weight_block_size")
-        if block is None:
-            return SourceScheme("FP8")
-        if not _is_block(block):
-            raise CheckpointError(
-                f"{where}: weight_block_size {block!r} is not two sizes; download the file again"
-            )
-        return SourceScheme(f"FP8 in blocks of {block[0]} by {block[1]}", (block[0], block[1]))
-    if method == "compressed-tensors" and settings.get("format") == "float-quantized":
-        return SourceScheme("compressed-tensors FP8")
-    found = f"{method!r}" if method != "compressed-tensors" else f"{settings.get('format')!r}"
-    raise CheckpointError(
-        f"{where}: weights quantized as {found} cannot be read; use the original checkpoint in "
-        "bfloat16, float16 or float32, or one in FP8 (fp8 blocks, compressed-tensors "
-        "float-quantized)"
-    )
-
-
-def _is_block(block: Any) -> bool:
-    return (
-        isinstance(block, list)
-        and len(block) == 2
-        and all(type(size) is int and 0 < size < 1 << 31 for size in block)
-    )
-
-
-def _check_scales_have_weights(checkpoint: Checkpoint, scales: Mapping[str, StoredTensor]) -> None:
-    for weight, scale in scales.items():
-        if weight not in checkpoint.tensors:
-            raise CheckpointError(
-                f"{checkpoint.folder / scale.file}: {scale.name}: its weight {weight} is missing; "
-                "download the checkpoint again, completely"
-            )
-    for name, tensor in checkpoint.tensors.items():
-        if name.endswith("input_scale"):
-            raise CheckpointError(
-                f"{checkpoint.folder / tensor.file}: {name}: static scales of activations are not "
-                "supported; use a checkpoint whose weights alone are quantized"
-            )
-
-
-def _check_weight(
-    where: object,
-    tensor: StoredTensor,
-    scale: StoredTensor | None,
-    scheme: SourceScheme | None,
-    is_expert: bool,
-) -> tuple[int, int] | None:
-    """Check dtype and scale of a tensor; give the rows and columns that share one scale."""
-    kind = tensor.name.rpartition(".")[2]
-    is_weight = kind == "weight" and (is_expert or len(tensor.shape) >= 2)
-    if tensor.dtype != FP8:
-        if scale is not None:
-            raise CheckpointError(
-                f"{where}: {tensor.name}: has scales and is {tensor.dtype}, not {FP8}; only FP8 "
-                "weights can be read, use the original checkpoint"
-            )
-        if is_weight and tensor.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{where}: {tensor.name}: is {tensor.dtype}; weights have to be "
-                f"{', '.join(FLOATS)} or {FP8}, use the original checkpoint"
-            )
-        return None
-    if scale is None:
-        raise CheckpointError(
-            f"{where}: {tensor.name}: is {FP8} and has no scale (…{SCALE_SUFFIX} or "
-            f"…{BLOCK_SCALE_SUFFIX}); download the checkpoint again, completely"
-        )
-    if len(tensor.shape) != 2 or scale.dtype not in FLOATS:
-        raise CheckpointError(
-            f"{where}: {tensor.name}: a quantized weight has two dimensions and float scales, not "
-            f"{list(tensor.shape)} and {scale.dtype}"
-        )
-    rows, columns = tensor.shape
-    if scale.name.endswith(BLOCK_SCALE_SUFFIX) and scheme is not None and scheme.block is not None:
-        block = scheme.block
-    elif scale.shape in ((), (1,), (1, 1)):
-        block = (max(rows, 1), max(columns, 1))
-    else:
-        block = (1, max(columns, 1))
-    expected = (-(-rows // block[0]), -(-columns // block[1]))
-    if scale.shape not in (expected, expected[:1] if expected[1] == 1 else expected, ()):
-        raise CheckpointError(
-            f"{where}: {scale.name}: has shape {list(scale.shape)}, and {tensor.name} with "
-            f"{list(tensor.shape)} takes {list(expected)}; download the checkpoint again"
-        )
-    return block
+def _planned(
+    weight: Weight, family: MoEFamily, exclusions: Collection[str], full_precision: str
+) -> PlannedTensor:
+    if _is_to_be_quantized(weight, family, exclusions):
+        return PlannedTensor(weight, Treatment.QUANTIZE, FP8)
+    if weight.scale is not None:
+        return PlannedTensor(weight, Treatment.DEQUANTIZE, full_precision)
+    return PlannedTensor(weight, Treatment.KEEP, weight.tensor.dtype)
 
 
 def _full_precision(config: Mapping[str, Any]) -> str:
@@ -341,75 +222,7 @@ def _full_precision(config: Mapping[str, Any]) -> str:
     return _HF_DTYPES.get(dtype, "BF16") if isinstance(dtype, str) else "BF16"
 
 
-def check_architecture(checkpoint: Checkpoint, family: MoEFamily) -> None:
-    """Check that all experts are there and that shapes are those that the config says.
-
-    Raises:
-        CheckpointError: They are not; the message names the first tensor.
-    """
-    config, where = checkpoint.config, checkpoint.folder / CONFIG
-    experts = family.experts_of(config)
-    layers = _size(config, "num_hidden_layers", where)
-    hidden = _size(config, "hidden_size", where)
-    inner = family.intermediate_size_of(config)
-    if experts is None or inner is None or experts < 1:
-        raise CheckpointError(
-            f"{where}: does not say how many experts a layer has and how wide they are; "
-            "download it again"
-        )
-    found: dict[int, set[tuple[int, str]]] = defaultdict(set)
-    for name, tensor in checkpoint.tensors.items():
-        place = family.parse_expert_key(name)
-        if place is not None and place.suffix == "weight":
-            found[place.layer].add((place.expert, place.projection))
-            expected = (hidden, inner) if place.projection == family.down else (inner, hidden)
-            _expect_shape(checkpoint, tensor, expected)
-        elif family.is_router_key(name) and name.endswith(".weight"):
-            _expect_shape(checkpoint, tensor, (experts, hidden))
-    dense = {
-        int(match[1])
-        for name in checkpoint.tensors
-        if (match := re.search(r"(?:^|\.)layers\.(\d+)\.mlp\.(?:gate|up|down)_proj\.weight$", name))
-    }
-    wanted = {(expert, part) for expert in range(experts) for part in family.projections}
-    for layer in range(layers):
-        missing = sorted(wanted - found[layer])
-        if missing and (found[layer] or layer not in dense):
-            raise CheckpointError(
-                f"{checkpoint.folder}: {family.expert_key(layer, *missing[0])}: is missing "
-                f"({len(missing)} of {len(wanted)} of layer {layer}); download the checkpoint "
-                "again, completely"
-            )
-        if found[layer] - wanted:
-            extra = min(found[layer] - wanted)
-            raise CheckpointError(
-                f"{checkpoint.folder}: {family.expert_key(layer, *extra)}: is there, and "
-                f"{CONFIG} says {experts} experts; one of them is another model's"
-            )
-    beyond = [layer for layer in found if layer >= layers and found[layer]]
-    if beyond:
-        raise CheckpointError(
-            f"{checkpoint.folder}: has experts of layer {min(beyond)}, and {CONFIG} says "
-            f"{layers} layers; one of them is another model's"
-        )
-
-
-def _size(config: Mapping[str, Any], name: str, where: object) -> int:
-    value = config.get(name)
-    if type(value) is not int or not 0 < value < 1 << 31:
-        raise CheckpointError(f"{where}: {name} is {value!r}, not a size; download it again")
-    return value
-
-
-def _expect_shape(checkpoint: Checkpoint, tensor: StoredTensor, expected: tuple[int, int]) -> None:
-    if tensor.shape != expected:
-        raise CheckpointError(
-            f"{checkpoint.folder / tensor.file}: {tensor.name}: has shape {list(tensor.shape)}, "
-            f"and {CONFIG} says {list(expected)}; one of them is another model's"
-        )
-
-
-def _plan_shards(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> Iterator[ShardPlan]:
+def _shards(tensors: Iterable[PlannedTensor], max_shard_bytes: int) -> Iterator[ShardPlan]:
     groups: list[list[PlannedTensor]] = [[]]
     room = max_shard_bytes
     for tensor in tensors:
@@ -425,13 +238,11 @@ def _plan_shards(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> Iter
         yield ShardPlan(name, header, offsets, nbytes, tuple(group))
 
 
-def _output_config(
-    config: Mapping[str, Any], family: MoEFamily, tensors: Sequence[PlannedTensor]
-) -> dict[str, Any]:
+def _output_config(config: Mapping[str, Any], tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
     """``config.json`` with what compressed-tensors needs to read the weights.
 
-    The scheme is compressed-tensors' ``float-quantized``, one static scale for each channel, no
-    quantization of activations.
+    The scheme is its ``float-quantized``: one static scale for each output channel, activations
+    as they are.
     """
     weights = {
         "num_bits": 8,
@@ -441,28 +252,25 @@ def _output_config(
         "dynamic": False,
         "observer": "minmax",
     }
-    scheme = {"targets": ["Linear"], "weights": weights}
     return {
         **config,
         "quantization_config": {
             "quant_method": "compressed-tensors",
             "format": "float-quantized",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": scheme},
-            "ignore": sorted(set(_ignored(family, tensors))),
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": sorted(set(_ignored(tensors))),
         },
     }
 
 
-def _ignored(family: MoEFamily, tensors: Iterable[PlannedTensor]) -> Iterator[str]:
+def _ignored(tensors: Iterable[PlannedTensor]) -> Iterator[str]:
     for tensor in tensors:
-        if tensor.treatment is Treatment.QUANTIZE or not _is_linear(tensor.source, family):
+        if tensor.treatment is Treatment.QUANTIZE or not tensor.weight.is_linear:
             continue
-        module = _module(tensor.source.name)
-        if tensor.is_expert:
-            # One pattern for the experts of a layer, which may be hundreds.
-            layer, expert, projection = module.rsplit(".", 2)
-            del expert
-            yield rf"re:^{re.escape(layer)}\.\d+\.{projection}$"
+        if tensor.weight.expert is None:
+            yield tensor.weight.module
         else:
-            yield module
+            # One pattern for the experts of a layer, which may be hundreds.
+            experts = module_of(module_of(tensor.weight.module))
+            yield rf"re:^{re.escape(experts)}\.\d+\.{tensor.weight.expert.projection}$"

@@ -20,10 +20,11 @@ import filelock
 
 from nxdi_expertscale.checkpoint.manifest import MANIFEST, FileRecord, read_manifest
 from nxdi_expertscale.checkpoint.source import INDEX
-from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.errors import CheckpointInUseError
 
 WORK = ".nxdi-expertscale"
 _LOCK = "lock"
+_SHARD_SUFFIX = ".safetensors"
 _RECORD_SUFFIX = ".record.json"
 
 
@@ -42,20 +43,36 @@ class ShardRecord:
     source_digests: dict[str, str]
 
 
+def digests_of_tensors(records: Iterable[ShardRecord]) -> dict[str, str]:
+    """The digest of each tensor of the source, from the records of all shards."""
+    return {name: value for record in records for name, value in record.source_digests.items()}
+
+
+def is_complete(destination: Path) -> bool:
+    """Whether all files of a destination are written, and what remains is to move some."""
+    return (destination / WORK / MANIFEST).is_file()
+
+
 class Staging:
-    """The hidden folder of a destination, held by one run at a time."""
+    """The hidden folder of a destination, held by one run at a time.
+
+    A run that fails removes what the next one cannot use: all, if no shard was finished.
+    """
 
     def __init__(self, destination: Path) -> None:
         self._destination = destination
         self._work = destination / WORK
         self._lock = filelock.FileLock(self._work / _LOCK, blocking=False)
+        self._new_folders: list[Path] = []
 
     def __enter__(self) -> Staging:
+        candidates = (self._destination, *self._destination.parents)
+        self._new_folders = [folder for folder in candidates if not folder.exists()]
         self._work.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire()
         except filelock.Timeout:
-            raise CheckpointError(
+            raise CheckpointInUseError(
                 f"{self._destination}: another run is writing to it; wait for its end, or name "
                 "another folder"
             ) from None
@@ -67,7 +84,24 @@ class Staging:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind is not None and not is_complete(self._destination):
+            self._remove_all_but_finished()
+        if all(path.name == _LOCK for path in self._work.iterdir()):
+            shutil.rmtree(self._work)
+            self._remove_new_folders()
         self._lock.release()
+
+    def _remove_all_but_finished(self) -> None:
+        for path in list(self._work.iterdir()):
+            is_finished = path.suffix == _SHARD_SUFFIX and self._record(path.name).is_file()
+            if not (is_finished or path.name.endswith(_RECORD_SUFFIX) or path.name == _LOCK):
+                path.unlink()
+
+    def _remove_new_folders(self) -> None:
+        for folder in self._new_folders:
+            if any(folder.iterdir()):
+                return
+            folder.rmdir()
 
     def path(self, name: str) -> Path:
         """Where a file is while it is written."""
@@ -105,13 +139,13 @@ class Staging:
         partial.replace(path)
         sync_folder(self._work)
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether all files are there and what remains is to move them."""
-        return self.path(MANIFEST).is_file()
+    def publish(self) -> bool:
+        """Move all files to their places, if all are written; whether they were.
 
-    def publish(self) -> None:
-        """Move all files to their places; it may be cut off anywhere and be called again."""
+        It may be cut off anywhere and be called again.
+        """
+        if not is_complete(self._destination):
+            return False
         manifest = read_manifest(self._work)
         names = [record.name for record in (*manifest.shards, *manifest.files)]
         if (self._destination / MANIFEST).is_file():
@@ -122,7 +156,10 @@ class Staging:
         sync_folder(self._destination)
         self.path(MANIFEST).replace(self._destination / MANIFEST)
         sync_folder(self._destination)
-        shutil.rmtree(self._work)
+        for path in list(self._work.iterdir()):
+            if path.name != _LOCK:
+                path.unlink()
+        return True
 
     def _remove_old(self, keep: Iterable[str]) -> None:
         old = read_manifest(self._destination)

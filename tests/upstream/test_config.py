@@ -48,8 +48,8 @@ def test_flag_is_kept_through_json_files_and_copies(
     again = [
         config,
         copy.deepcopy(config),
-        type(config).from_json_string(config.to_json_string()),
-        type(config).load(str(tmp_path / "saved")),
+        nxdi.application_cls(moe).get_config_cls().from_json_string(config.to_json_string()),
+        nxdi.application_cls(moe).get_config_cls().load(str(tmp_path / "saved")),
     ]
 
     assert [one.neuron_config.expert_wise_scale for one in again] == [flag] * len(again)
@@ -64,21 +64,18 @@ def test_flag_is_off_unless_it_is_set(nxdi: Any, moe: Path, fp8: dict[str, Any])
 def test_config_written_without_the_flag_is_read_as_off(
     nxdi: Any, moe: Path, fp8: dict[str, Any]
 ) -> None:
-    config = nxdi.inference_config(moe, **fp8)
-    written = json.loads(config.to_json_string())
+    written = json.loads(nxdi.inference_config(moe, **fp8).to_json_string())
     del written["neuron_config"][FLAG]
 
-    read = type(config).from_json_string(json.dumps(written))
+    config = nxdi.application_cls(moe).get_config_cls().from_json_string(json.dumps(written))
 
-    assert read.neuron_config.expert_wise_scale is False
+    assert config.neuron_config.expert_wise_scale is False
 
 
 def test_subclasses_take_the_flag(
     nxdi: Any, fp8: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    parent = nxdi.NeuronQwen3MoeForCausalLM.get_neuron_config_cls()
-
-    class Settings(parent):
+    class Settings(nxdi.MoENeuronConfig):
         def __init__(self, extra: int = 0, **kwargs: Any) -> None:
             super().__init__(**kwargs)
             self.extra = extra

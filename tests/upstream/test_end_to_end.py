@@ -35,7 +35,7 @@ def test_expert_wise_scales_keep_the_model(
 ) -> None:
     loaded = nxdi.load(moe, **fp8, expert_wise_scale=True)
 
-    errors = nxdi.mlp_errors(moe, loaded)
+    errors = nxdi.moe_errors(moe, loaded)
     record_property("MoE error, expert-wise", max(errors))
     assert max(errors) < WITHIN_FP8
     for layer in loaded.module.layers:
@@ -53,7 +53,7 @@ def test_averaged_scales_lose_the_model(
 ) -> None:
     loaded = nxdi.load(moe, **fp8)
 
-    errors = nxdi.mlp_errors(moe, loaded)
+    errors = nxdi.moe_errors(moe, loaded)
     record_property("MoE error, averaged", min(errors))
     assert min(errors) > NONSENSE
     experts = loaded.module.layers[0].mlp.expert_mlps.mlp_op
@@ -101,7 +101,7 @@ def test_fused_qkv_changes_nothing(
     apart = nxdi.load(moe, **fp8, expert_wise_scale=True)
     fused = nxdi.load(moe, **fp8, expert_wise_scale=True, fused_qkv=True)
 
-    assert max(nxdi.mlp_errors(moe, fused)) < WITHIN_FP8
+    assert max(nxdi.moe_errors(moe, fused)) < WITHIN_FP8
     assert (
         nxdi.relative_error(fused.logits(models.prompt()), apart.logits(models.prompt())) < ROUNDING
     )
@@ -122,7 +122,7 @@ def test_padded_experts_give_the_same_output(
     scale = padded.module.layers[0].mlp.expert_mlps.mlp_op.gate_up_proj.scale
     assert scale.shape == (models.EXPERTS, 1, 2 * 256)
     assert not scale[:, :, models.MOE_INTERMEDIATE_SIZE : 256].any()
-    assert max(nxdi.mlp_errors(moe, padded)) < WITHIN_FP8
+    assert max(nxdi.moe_errors(moe, padded)) < WITHIN_FP8
 
 
 @pytest.mark.parametrize("name", ["layers.0.mlp.experts", "layers.0.mlp.expert_mlps"])
@@ -138,7 +138,7 @@ def test_one_layers_experts_stay_in_full_precision(
         "modules_to_not_convert": [nxdi.ROUTER, name],
     }
 
-    first, second = nxdi.mlp_errors(moe, nxdi.load(moe, **settings, expert_wise_scale=True))
+    first, second = nxdi.moe_errors(moe, nxdi.load(moe, **settings, expert_wise_scale=True))
 
     assert first < ROUNDING
     assert ROUNDING < second < WITHIN_FP8
@@ -151,7 +151,7 @@ def test_nxdis_own_exclusion_of_one_layers_experts_holds(
     excluded = [nxdi.ROUTER, "layers.0.mlp.experts"]
     settings = nxdi.quantize(moe, tmp_path / "fp8", not_converted=excluded)
 
-    first, second = nxdi.mlp_errors(moe, nxdi.load(moe, **settings, expert_wise_scale=flag))
+    first, second = nxdi.moe_errors(moe, nxdi.load(moe, **settings, expert_wise_scale=flag))
 
     assert first < ROUNDING
     assert second > ROUNDING
@@ -162,7 +162,7 @@ def test_all_experts_stay_in_full_precision(nxdi: Any, moe: Path, tmp_path: Path
 
     loaded = nxdi.load(moe, **settings, expert_wise_scale=True)
 
-    assert max(nxdi.mlp_errors(moe, loaded)) < ROUNDING
+    assert max(nxdi.moe_errors(moe, loaded)) < ROUNDING
     attention = loaded.module.layers[0].self_attn.qkv_proj.q_proj
     assert attention.weight.dtype == torch.float8_e4m3fn
 
@@ -185,4 +185,4 @@ def test_few_tokens_load_their_experts_selectively(nxdi: Any, tmp_path: Path) ->
 
     loaded = nxdi.load(many, **settings, expert_wise_scale=True)
 
-    assert max(nxdi.mlp_errors(many, loaded)) < WITHIN_FP8
+    assert max(nxdi.moe_errors(many, loaded)) < WITHIN_FP8

@@ -29,7 +29,7 @@ def errors_when_imported(
     if not before:
         import nxdi_expertscale
     assert nxdi_expertscale.status()
-    return running.mlp_errors(checkpoint, running.load(checkpoint, **settings))
+    return running.moe_errors(checkpoint, running.load(checkpoint, **settings))
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])

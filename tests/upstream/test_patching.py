@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ CONVERTER = "convert_qwen3_moe_hf_to_neuron_state_dict"
 @pytest.fixture(scope="session")
 def fp8(nxdi: Any, moe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return nxdi.quantize(moe, tmp_path_factory.mktemp("fp8"))
+
+
+@contextlib.contextmanager
+def activated() -> Iterator[None]:
+    nxdi_expertscale.activate()
+    try:
+        yield
+    finally:
+        nxdi_expertscale.deactivate()
 
 
 def objects_at_seams() -> dict[str, Any]:
@@ -61,8 +71,8 @@ def test_every_seam_is_patched_and_deactivation_puts_back_the_very_objects() -> 
 def test_deactivated_nxdi_is_the_stock_one(
     nxdi: Any, moe: Path, fp8: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    nxdi_expertscale.activate()
-    nxdi_expertscale.deactivate()
+    with activated():
+        pass
 
     with pytest.raises(RuntimeError, match="Cannot find"):
         nxdi.load(moe, **fp8)
@@ -74,49 +84,34 @@ def test_unquantized_model_is_untouched(nxdi: Any, moe: Path) -> None:
     stock = nxdi.convert(moe)
     logits = nxdi.load(moe).logits(models.prompt())
 
-    nxdi_expertscale.activate()
-    try:
+    with activated():
         assert nxdi.different_tensors(nxdi.convert(moe), stock) == []
         assert torch.equal(nxdi.load(moe).logits(models.prompt()), logits)
-    finally:
-        nxdi_expertscale.deactivate()
 
 
 def test_quantized_dense_model_is_untouched(nxdi: Any, tmp_path: Path) -> None:
-    from neuronx_distributed_inference.models.qwen3 import modeling_qwen3 as dense
+    dense = models.save_qwen3(tmp_path / "dense")
+    settings = nxdi.quantize(dense, tmp_path / "fp8", not_converted=["lm_head"])
+    stock = nxdi.load(dense, **settings).logits(models.prompt())
 
-    checkpoint = models.save_qwen3(tmp_path / "dense")
-    folder = tmp_path / "fp8"
-    folder.mkdir()
-
-    def logits() -> torch.Tensor:
-        config = nxdi.inference_config(
-            checkpoint,
-            dense.NeuronQwen3ForCausalLM,
-            **nxdi.FP8,
-            quantized_checkpoints_path=str(folder),
-            modules_to_not_convert=["lm_head"],
-        )
-        dense.NeuronQwen3ForCausalLM.save_quantized_state_dict(str(checkpoint), config)
-        application = dense.NeuronQwen3ForCausalLM(str(checkpoint), config)
-        result: torch.Tensor = nxdi.load_application(application).logits(models.prompt())
-        return result
-
-    stock = logits()
-    nxdi_expertscale.activate()
-    try:
-        assert torch.equal(logits(), stock)
-    finally:
-        nxdi_expertscale.deactivate()
+    with activated():
+        for flag in (True, False):
+            loaded = nxdi.load(dense, **settings, expert_wise_scale=flag)
+            assert torch.equal(loaded.logits(models.prompt()), stock)
 
 
 Change = Callable[[pytest.MonkeyPatch], None]
 
 
 def rename_converter(patch: pytest.MonkeyPatch) -> None:
-    stop_calling_converter(patch)
-    module, _ = converter_module()
+    module, application = converter_module()
+    converter = getattr(module, CONVERTER)
     patch.delattr(module, CONVERTER)
+    patch.setattr(
+        application,
+        "convert_hf_to_neuron_state_dict",
+        staticmethod(lambda state_dict, config: converter(state_dict, config)),  # noqa: PLW0108
+    )
 
 
 def add_argument_to_converter(patch: pytest.MonkeyPatch) -> None:
@@ -133,12 +128,11 @@ def add_argument_to_converter(patch: pytest.MonkeyPatch) -> None:
 def stop_calling_converter(patch: pytest.MonkeyPatch) -> None:
     module, application = converter_module()
     converter = getattr(module, CONVERTER)
-
-    def convert_hf_to_neuron_state_dict(state_dict: dict[str, Any], config: Any) -> dict[str, Any]:
-        return converter(state_dict, config)
-
-    method = staticmethod(convert_hf_to_neuron_state_dict)
-    patch.setattr(application, "convert_hf_to_neuron_state_dict", method)
+    patch.setattr(
+        application,
+        "convert_hf_to_neuron_state_dict",
+        staticmethod(lambda state_dict, config: converter(state_dict, config)),  # noqa: PLW0108
+    )
 
 
 def take_include_from_convert(patch: pytest.MonkeyPatch) -> None:
@@ -161,12 +155,8 @@ def take_include_from_convert(patch: pytest.MonkeyPatch) -> None:
 
 def call_convert_by_another_name(patch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("neuronx_distributed_inference.models.model_wrapper")
-    original = module.DecoderModelInstance.load_module
-
-    def load_module(self: Any) -> None:
-        original(self)
-
-    patch.setattr(module.DecoderModelInstance, "load_module", load_module)
+    load_module = module.DecoderModelInstance.load_module
+    patch.setattr(module.DecoderModelInstance, "load_module", lambda self: load_module(self))  # noqa: PLW0108
 
 
 def converter_module() -> tuple[Any, Any]:
@@ -198,23 +188,19 @@ def test_changed_seam_is_left_alone_and_refused_to_users_of_the_flag(
 ) -> None:
     expected = nxdi.load(moe).logits(models.prompt())
     change(monkeypatch)
-    nxdi_expertscale.activate()
-    try:
+    with activated():
         assert torch.equal(nxdi.load(moe).logits(models.prompt()), expected)
         found = {status.seam: status for status in nxdi_expertscale.status()}
         assert found[seam].state == "incompatible"
         assert found[seam].reason
         with pytest.raises(IncompatibleUpstreamError, match=seam):
             nxdi.load(moe, **fp8, expert_wise_scale=True)
-    finally:
-        nxdi_expertscale.deactivate()
 
 
 def test_config_that_has_the_flag_is_left_to_itself(
     nxdi: Any, moe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = nxdi.NeuronQwen3MoeForCausalLM.get_neuron_config_cls()
-    init = settings.__init__
+    init = nxdi.MoENeuronConfig.__init__
 
     def knows_the_flag(
         self: Any, *args: Any, expert_wise_scale: bool = False, **kwargs: Any
@@ -222,14 +208,11 @@ def test_config_that_has_the_flag_is_left_to_itself(
         self.expert_wise_scale = expert_wise_scale
         init(self, *args, **kwargs)
 
-    monkeypatch.setattr(settings, "__init__", knows_the_flag)
-    nxdi_expertscale.activate()
-    try:
+    monkeypatch.setattr(nxdi.MoENeuronConfig, "__init__", knows_the_flag)
+    with activated():
         config = nxdi.inference_config(moe, expert_wise_scale=True)
 
         [seam] = [seam for seam in nxdi_expertscale.status() if seam.seam == "config"]
         assert seam.state == "native"
-        assert settings.__init__ is knows_the_flag
+        assert nxdi.MoENeuronConfig.__init__ is knows_the_flag
         assert config.neuron_config.expert_wise_scale is True
-    finally:
-        nxdi_expertscale.deactivate()

@@ -35,7 +35,7 @@ def load_and_run(rank: int, checkpoint: Path, settings: dict[str, Any]) -> RankR
     return RankResult(
         tuple(experts.gate_up_proj.scale.shape),
         tuple(experts.down_proj.scale.shape),
-        running.mlp_errors(checkpoint, loaded),
+        running.moe_errors(checkpoint, loaded),
     )
 
 
@@ -44,7 +44,7 @@ def test_two_ranks_together_give_the_output_of_one(
     nxdi: Any, target: Target, moe: Path, tmp_path: Path
 ) -> None:
     settings = {**nxdi.quantize(moe, tmp_path / "fp8"), "expert_wise_scale": True}
-    alone = nxdi.mlp_errors(moe, nxdi.load(moe, **settings))
+    alone = nxdi.moe_errors(moe, nxdi.load(moe, **settings))
 
     results = processes.run_on_ranks(target, RANKS, tmp_path / "store", load_and_run, moe, settings)
 

@@ -86,7 +86,7 @@ def run_on_the_seed(
     nxdi_expertscale.activate()
     loaded = running.load(checkpoint, **settings, expert_wise_scale=True)
     states = [f"{seam.seam} {seam.state}" for seam in nxdi_expertscale.status()]
-    return states, running.mlp_errors(checkpoint, loaded)
+    return states, running.moe_errors(checkpoint, loaded)
 
 
 def test_upstream_that_has_the_feature_is_left_to_itself(

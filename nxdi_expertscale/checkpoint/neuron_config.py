@@ -1,0 +1,70 @@
+"""The settings that make NxDI load a finished folder as it was made."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nxdi_expertscale.checkpoint.manifest import read_manifest
+from nxdi_expertscale.checkpoint.plan import effective_exclusions
+from nxdi_expertscale.checkpoint.source import CONFIG, read_json
+from nxdi_expertscale.checkpoint.tensors import size_in
+from nxdi_expertscale.families import language_config, require_family
+from nxdi_expertscale.plugins import known_families
+
+
+@dataclass(frozen=True)
+class NeuronSettings:
+    """Settings for a finished folder.
+
+    Attributes:
+        neuron_config: Keywords of NxDI's ``MoENeuronConfig``.
+        override_neuron_config: Value of the same name for vLLM-Neuron
+            (``--additional-config`` or ``--override-neuron-config``), which sets parallelism and
+            lengths from vLLM's own arguments.
+    """
+
+    neuron_config: dict[str, Any]
+    override_neuron_config: dict[str, Any]
+
+
+def neuron_settings(
+    folder: str | os.PathLike[str],
+    *,
+    tp_degree: int | None = None,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+) -> NeuronSettings:
+    """Settings with which NxDI and vLLM-Neuron load a folder that ``quantize`` finished.
+
+    ``quantization_type`` and ``quantization_dtype`` are among them because NxDI's own defaults
+    are others (``models/config.py``: ``per_tensor_symmetric`` and ``int8``).
+
+    Args:
+        folder: The folder.
+        tp_degree: Tensor parallel degree, for ``MoENeuronConfig``.
+        batch_size: Batch size, for ``MoENeuronConfig``.
+        seq_len: Length of the longest sequence, in tokens, for ``MoENeuronConfig``.
+
+    Raises:
+        CheckpointError: The folder was not made by ``quantize``, or is damaged.
+    """
+    path = Path(folder).resolve()
+    manifest = read_manifest(path)
+    config = read_json(path, CONFIG)
+    family = require_family(config.get("model_type"), known_families(), str(path / CONFIG))
+    exclusions = effective_exclusions(config, family, manifest.modules_to_not_convert)
+    layers = size_in(language_config(config), "num_hidden_layers", path / CONFIG)
+    quantization: dict[str, Any] = {
+        "quantized": True,
+        "quantized_checkpoints_path": str(path),
+        "quantization_type": "per_channel_symmetric",
+        "quantization_dtype": "f8e4m3",
+        "expert_wise_scale": True,
+        "modules_to_not_convert": list(family.in_both_worlds(exclusions, layers)),
+    }
+    sizes = {"tp_degree": tp_degree, "batch_size": batch_size, "seq_len": seq_len}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    return NeuronSettings({**given, **quantization}, quantization)

@@ -1,0 +1,112 @@
+"""The reference on a CPU against Hugging Face's own classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
+
+from nxdi_expertscale import decoder
+from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.families import MIXTRAL, QWEN3_MOE, MoEFamily
+
+ROUNDING = 1e-5
+TOKENS = torch.randint(128, (2, 24), generator=torch.Generator().manual_seed(3))
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "num_experts_per_tok": 2,
+}
+QWEN3 = {**SIZES, "num_experts": 8, "moe_intermediate_size": 32, "intermediate_size": 96}
+
+
+@pytest.mark.parametrize(
+    ("config", "family"),
+    [
+        (Qwen3MoeConfig(**QWEN3, norm_topk_prob=True), QWEN3_MOE),
+        (Qwen3MoeConfig(**QWEN3, norm_topk_prob=False, rope_theta=1e6), QWEN3_MOE),
+        (Qwen3MoeConfig(**QWEN3, attention_bias=True, tie_word_embeddings=True), QWEN3_MOE),
+        (Qwen3MoeConfig(**QWEN3, mlp_only_layers=[1]), QWEN3_MOE),
+        (Qwen3MoeConfig(**QWEN3, decoder_sparse_step=2), QWEN3_MOE),
+        (MixtralConfig(**SIZES, num_local_experts=8, intermediate_size=48), MIXTRAL),
+    ],
+    ids=["qwen3", "unnormalized", "bias, tied", "mlp_only", "sparse_step", "mixtral"],
+)
+def test_logits_agree_with_hugging_face(config: PretrainedConfig, family: MoEFamily) -> None:
+    torch.manual_seed(0)
+    reference = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    weights = {name.removeprefix("model."): value for name, value in reference.state_dict().items()}
+    model = decoder.read_architecture(config.to_dict(), family, "config.json")
+
+    with torch.no_grad():
+        found = decoder.forward(TOKENS, weights.__getitem__, model)
+        expected = reference(TOKENS).logits
+
+    assert float((found - expected).norm() / expected.norm()) < ROUNDING
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    assert {**shapes, **model.shapes()} == shapes
+    assert set(shapes) - set(model.shapes()) <= {decoder.LM_HEAD}
+
+
+def test_rope_settings_of_transformers_5_are_read() -> None:
+    old = Qwen3MoeConfig(**QWEN3, rope_theta=5e5).to_dict()
+    new = {name: value for name, value in old.items() if not name.startswith("rope")}
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+
+    assert decoder.read_architecture(new, QWEN3_MOE, "") == decoder.read_architecture(
+        old, QWEN3_MOE, ""
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}, "rope_scaling is 'yarn'"),
+        ("hidden_act", "gelu", "hidden_act is 'gelu'"),
+        ("rms_norm_eps", None, "has no rms_norm_eps"),
+        ("num_experts", None, "how many experts"),
+    ],
+)
+def test_what_it_cannot_compute_is_refused(setting: str, value: Any, message: str) -> None:
+    config = {**Qwen3MoeConfig(**QWEN3).to_dict(), setting: value}
+
+    with pytest.raises(CheckpointError, match=f"folder/config.json: .*{message}"):
+        decoder.read_architecture(config, QWEN3_MOE, "folder/config.json")
+
+
+def test_context_ends_where_a_sliding_window_would_begin() -> None:
+    config = {"max_position_embeddings": 64, "sliding_window": 16}
+
+    assert decoder.longest_context({**config, "use_sliding_window": False}, "") == 64
+    assert decoder.longest_context(config, "") == 16
+    with pytest.raises(CheckpointError, match="max_position_embeddings"):
+        decoder.longest_context({}, "config.json")
+
+
+def test_experts_without_tokens_are_not_asked_for() -> None:
+    config = Qwen3MoeConfig(**QWEN3, norm_topk_prob=True)
+    model = decoder.read_architecture(config.to_dict(), QWEN3_MOE, "")
+    model = dataclasses.replace(model, layers=1)
+    asked: set[str] = set()
+
+    def weights(name: str) -> torch.Tensor:
+        asked.add(name)
+        return torch.randn(model.shapes()[name], generator=torch.Generator().manual_seed(0))
+
+    decoder.feed_forward(torch.randn(1, model.hidden_size), weights, 0, model)
+
+    experts = {place.expert for name in asked if (place := QWEN3_MOE.parse_expert_key(name))}
+    assert len(experts) == model.experts_per_token
