@@ -7,24 +7,20 @@ nothing is skipped in silence, and a seam that does not fit never breaks the imp
 from __future__ import annotations
 
 import enum
+import importlib
 import logging
-import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType, ModuleType
 from typing import Any
 
-import wrapt
-
 from nxdi_expertscale.errors import IncompatibleUpstreamError
-from nxdi_expertscale.importing import ImportWatcher, name_of
+from nxdi_expertscale.importing import ImportWatcher, is_loaded, name_of
+from nxdi_expertscale.patching import Installation, Place, Wrapper, find
 from nxdi_expertscale.plugins import PluginManager, load_plugins, print_problems
 
 _logger = logging.getLogger("nxdi_expertscale")
-
-Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
-"""A wrapt wrapper: ``(wrapped, instance, args, kwargs)``."""
 
 FEATURE = "expert_wise_scale"
 """The name by which upstream would know the feature, if it had it."""
@@ -42,8 +38,6 @@ class Patch:
         misfit: Says why the seam of this module is not the one that the patch knows, or None
             where it fits. That the attribute exists and can be called is checked before.
         native: Whether this upstream has the feature at this seam already.
-        guard: Whether the patch only watches over another one. A guard that does not fit is
-            reported, and takes nothing away from users of the feature.
     """
 
     seam: str
@@ -52,7 +46,6 @@ class Patch:
     wrapper: Wrapper
     misfit: Callable[[ModuleType], str | None] = lambda _module: None
     native: Callable[[ModuleType], bool] = lambda _module: False
-    guard: bool = False
 
 
 class State(str, enum.Enum):
@@ -81,27 +74,63 @@ class SeamStatus:
     reason: str = ""
 
 
-@dataclass
 class _Seam:
-    """A patch and what became of it."""
+    """A patch, what became of it, and where it is installed: anew after each reload."""
 
-    patch: Patch
-    state: State = State.WAITING
-    reason: str = ""
-    parent: Any = None
-    original: Any = None
-    installed: Any = None
-    in_force: bool = True
+    def __init__(self, patch: Patch) -> None:
+        self.patch = patch
+        self._state = State.WAITING
+        self._reason = ""
+        self._installations: list[Installation] = []
+        self._in_force = True
 
     def status(self) -> SeamStatus:
         patch = self.patch
-        return SeamStatus(patch.seam, patch.module, patch.attribute, self.state, self.reason)
+        return SeamStatus(patch.seam, patch.module, patch.attribute, self._state, self._reason)
+
+    def settle(self, place: Place, state: State, reason: str) -> bool:
+        """Note what was found, and install the wrapper where it fits and is not there yet.
+
+        Returns:
+            Whether there is news.
+        """
+        installed = any(part.is_part_of(place.current) for part in self._installations)
+        if not self._in_force or installed:
+            return False
+        if state is State.APPLIED:
+            try:
+                self._install(place)
+            except TypeError as error:
+                state, reason = State.INCOMPATIBLE, str(error)
+        news = state is State.APPLIED or (state, reason) != (self._state, self._reason)
+        self._state, self._reason = state, reason
+        return news
+
+    def remove(self) -> None:
+        """Take the wrapper off, wherever it was installed."""
+        self._in_force = False
+        for installation in reversed(self._installations):
+            installation.undo()
+
+    def _install(self, place: Place) -> None:
+        installation = Installation(
+            place,
+            self.patch.wrapper,
+            module=self.patch.module,
+            attribute=self.patch.attribute,
+            is_in_force=lambda: self._in_force,
+        )
+        self._installations.append(installation)
+
+
+_NOWHERE = Place(parent=None, name="", current=None)
 
 
 class Activation:
     """The patches that are in force in this process. Safe in threads."""
 
     def __init__(self) -> None:
+        # Held for moments only: never while a module is imported, nor while a patch is judged.
         self._lock = threading.RLock()
         self._seams: dict[str, _Seam] = {}
         self._watcher = ImportWatcher(self._on_loaded)
@@ -131,17 +160,19 @@ class Activation:
             self._problems += news
             for patch in patches:
                 self._seams.setdefault(patch.seam, _Seam(patch))
-            modules = tuple(dict.fromkeys(seam.patch.module for seam in self._seams.values()))
+            self._watcher.watch(
+                tuple(dict.fromkeys(seam.patch.module for seam in self._seams.values()))
+            )
         # Outside the lock: it may wait for a thread whose import reports to us.
-        self._watcher.watch(modules)
+        self._watcher.report_loaded()
         return news
 
     def deactivate(self) -> None:
         """Take every patch off: what was there before is there again, the very same object."""
-        self._watcher.watch(())
         with self._lock:
+            self._watcher.watch(())
             for seam in self._seams.values():
-                _remove(seam)
+                seam.remove()
             self._seams.clear()
             self._plugins, self._problems = (), ()
 
@@ -151,72 +182,56 @@ class Activation:
         with self._lock:
             return tuple(seam.status() for seam in self._seams.values())
 
+    def load(self, names: Sequence[str]) -> None:
+        """Import the modules of these seams that nobody has imported yet."""
+        with self._lock:
+            waiting = [seam for name, seam in self._seams.items() if name in names]
+        for seam in waiting:
+            if seam.status().state is not State.WAITING:
+                continue
+            try:
+                importlib.import_module(seam.patch.module)
+            except Exception as error:
+                reason = f"it cannot be imported: {type(error).__name__}: {error}"
+                with self._lock:
+                    seam.settle(_NOWHERE, State.INCOMPATIBLE, reason)
+
     def _on_loaded(self, module: ModuleType) -> None:
         with self._lock:
-            for seam in self._seams.values():
-                if seam.patch.module == name_of(module):
-                    _apply(seam, module)
+            seams = [s for s in self._seams.values() if s.patch.module == name_of(module)]
+        for seam in seams:
+            place = find(module, seam.patch.attribute)
+            state, reason = _judge(seam.patch, module, place)
+            with self._lock:
+                news = seam.settle(place, state, reason)
+            if news:
+                _log(seam.status())
 
 
-def _apply(seam: _Seam, module: ModuleType) -> None:
-    """Apply a patch to its module, freshly loaded or not, once."""
-    patch = seam.patch
-    try:
-        parent, name, current = _resolve(module, patch.attribute)
-        if current is seam.installed and seam.state is State.APPLIED:
-            return
-        seam.state, seam.reason = _judge(patch, module, current)
-        if seam.state is State.APPLIED:
-            _install(seam, parent, name)
-    except Exception as error:
-        # Whatever is wrong with the seam must not break those who do not use the feature.
-        seam.state, seam.reason = State.INCOMPATIBLE, f"{type(error).__name__}: {error}"
+def _log(seam: SeamStatus) -> None:
+    where = f"{seam.module}.{seam.attribute}"
     if seam.state is State.APPLIED:
-        _logger.info("patched %s.%s (%s)", patch.module, patch.attribute, patch.seam)
+        _logger.info("patched %s (%s)", where, seam.seam)
     elif seam.state is State.NATIVE:
-        _logger.info("%s.%s: %s", patch.module, patch.attribute, seam.reason)
+        _logger.info("%s: %s", where, seam.reason)
     else:
-        _logger.warning("%s.%s not patched: %s", patch.module, patch.attribute, seam.reason)
+        _logger.warning("%s not patched: %s", where, seam.reason)
 
 
-def _judge(patch: Patch, module: ModuleType, current: Any) -> tuple[State, str]:
+def _judge(patch: Patch, module: ModuleType, place: Place) -> tuple[State, str]:
+    current = place.current
     if current is None:
         return State.INCOMPATIBLE, f"{patch.module} has no {patch.attribute}"
     if not callable(current) and not isinstance(current, staticmethod | classmethod):
         return State.INCOMPATIBLE, f"{patch.module}.{patch.attribute} cannot be called"
-    if patch.native(module):
-        return State.NATIVE, "this upstream has the feature itself"
-    reason = patch.misfit(module)
+    try:
+        if patch.native(module):
+            return State.NATIVE, "this upstream has the feature itself"
+        reason = patch.misfit(module)
+    except Exception as error:
+        # Whatever is wrong with the seam must not break those who do not use the feature.
+        return State.INCOMPATIBLE, f"{type(error).__name__}: {error}"
     return (State.APPLIED, "") if reason is None else (State.INCOMPATIBLE, reason)
-
-
-def _resolve(module: ModuleType, attribute: str) -> tuple[Any, str, Any]:
-    """The object that holds an attribute, the attribute's name, and what is there, or None."""
-    *path, name = attribute.split(".")
-    parent: Any = module
-    for part in path:
-        parent = getattr(parent, part, None)
-    # What stands in the class itself, not what its descriptors make of it: it is put back as is.
-    return parent, name, vars(parent).get(name) if parent is not None else None
-
-
-def _install(seam: _Seam, parent: Any, name: str) -> None:
-    seam.parent, seam.original = parent, vars(parent)[name]
-    seam.installed = wrapt.FunctionWrapper(
-        seam.original, seam.patch.wrapper, enabled=lambda: seam.in_force
-    )
-    setattr(parent, name, seam.installed)
-
-
-def _remove(seam: _Seam) -> None:
-    # A wrapper that another tool has wrapped in turn, or imported by name, cannot be taken out
-    # from under it: it stays, and from now on calls straight through.
-    seam.in_force = False
-    if seam.state is not State.APPLIED:
-        return
-    name = seam.patch.attribute.rpartition(".")[2]
-    if vars(seam.parent).get(name) is seam.installed:
-        setattr(seam.parent, name, seam.original)
 
 
 _activation = Activation()
@@ -251,52 +266,69 @@ def plugin_problems() -> tuple[str, ...]:
     return _activation.problems
 
 
-def require(seams: Iterable[str]) -> None:
-    """Make sure that these seams hold, for someone who uses the feature.
+def unmet(seams: Iterable[str]) -> str | None:
+    """Say which of these seams does not hold and why, or None where none is known not to.
 
-    Raises:
-        IncompatibleUpstreamError: One does not; the message names it and the reason.
+    A seam whose module nobody has imported yet may still hold.
     """
     statuses = {seam.seam: seam for seam in status()}
     for name in seams:
         seam = statuses.get(name)
         if seam is None:
-            raise IncompatibleUpstreamError(
-                f"expert_wise_scale: nothing is registered for the seam {name!r}; is the plugin "
-                f"allowed by NXDI_PLUGINS?"
+            return (
+                f"seam {name!r}: nothing is registered for it; does NXDI_PLUGINS allow the plugin?"
             )
+        where = f"seam {name!r} ({seam.module}.{seam.attribute})"
         if seam.state is State.INCOMPATIBLE:
-            raise IncompatibleUpstreamError(_incompatible_message(seam))
-        if seam.state is State.WAITING and seam.module in sys.modules:
-            raise IncompatibleUpstreamError(
-                _incompatible_message(seam) + "it was imported before the patch could be applied"
-            )
+            return f"{where}: {seam.reason}"
+        if seam.state is State.WAITING and is_loaded(seam.module):
+            return f"{where}: the module came to be without being imported"
+    return None
 
 
-def _incompatible_message(seam: SeamStatus) -> str:
-    return (
-        f"expert_wise_scale cannot work with this NxDI: seam {seam.seam!r} "
-        f"({seam.module}.{seam.attribute}): {seam.reason}. "
-        "Turn expert_wise_scale off, or install a release that is supported "
-        "(run 'nxdi-expertscale doctor')."
-    )
+def require(seams: Sequence[str], *, load: bool = False) -> None:
+    """Make sure that these seams hold, for someone who uses the feature.
+
+    Args:
+        seams: Their names.
+        load: Import the modules that are not imported yet. Whoever has a model's config is about
+            to import them anyway, and a module that is not there must be found before anything
+            is compiled.
+
+    Raises:
+        IncompatibleUpstreamError: One does not; the message names it and the reason.
+    """
+    if load:
+        _activation.load(seams)
+    reason = unmet(seams)
+    if reason is not None:
+        raise IncompatibleUpstreamError(
+            f"expert_wise_scale cannot work with this NxDI: {reason}. Turn expert_wise_scale off, "
+            "or install a release that is supported (run 'nxdi-expertscale doctor')"
+        )
 
 
 def mentions(function: Any, name: str) -> bool:
-    """Whether a function's own code uses a name: a variable, an attribute, a key or a parameter.
+    """Whether a function's own code uses a name; see :func:`words`."""
+    return name in words(function)
 
-    Nested functions count. Wrappers around it are looked through.
+
+def words(function: Any) -> frozenset[str]:
+    """What a function's own code names: variables, attributes, parameters and string constants.
+
+    Nested functions count. Wrappers around it are looked through. A text of several words, such
+    as a docstring, names nothing.
     """
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     code = getattr(getattr(function, "__func__", function), "__code__", None)
-    return isinstance(code, CodeType) and _code_mentions(code, name)
+    return frozenset(_words(code) if isinstance(code, CodeType) else ())
 
 
-def _code_mentions(code: CodeType, name: str) -> bool:
-    constants = code.co_consts
-    return (
-        name in (*code.co_names, *code.co_varnames)
-        or name in constants
-        or any(_code_mentions(inner, name) for inner in constants if isinstance(inner, CodeType))
-    )
+def _words(code: CodeType) -> Iterator[str]:
+    yield from (*code.co_names, *code.co_varnames)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _words(constant)
+        elif isinstance(constant, str) and not any(letter.isspace() for letter in constant):
+            yield constant

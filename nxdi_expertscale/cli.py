@@ -68,6 +68,21 @@ def quantize(
 
 
 @cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def doctor(*, as_json: bool) -> int:
+    """Say whether it will work here, and if not why.
+
+    NxDI is imported in a process of its own. The status is 0 for yes, 1 for no.
+    """
+    from nxdi_expertscale import report
+    from nxdi_expertscale.doctor import examine
+
+    found = examine()
+    click.echo(report.to_json(found) if as_json else report.examination(found))
+    return 0 if found.works else ANSWER_IS_NO
+
+
+@cli.command()
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option("--against", metavar="SRC", type=click.Path(path_type=Path), help="Its source.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; by default one per core.")
@@ -120,13 +135,56 @@ def neuron_config(
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the errors as JSON.")
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="By default Python's own documentation."
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="How many tokens of the text to predict.",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw a picture into this PNG file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def evaluate(
+    *, src: Path, dst: Path, text: Path | None, tokens: int, plot: Path | None, as_json: bool
+) -> None:
+    """Measure the quantized checkpoint DST against its original SRC, on a CPU.
+
+    Beside DST as it is stands what averaged scales would make of it. The experts are read one by
+    one: a model need not fit in memory.
+    """
+    from nxdi_expertscale import report
+    from nxdi_expertscale.evaluation import evaluate_checkpoint
+
+    with report.progress_bar("evaluating", report.STEPS) as progress:
+        result = evaluate_checkpoint(src, dst, text=text, tokens=tokens, progress=progress)
+    if plot is not None:
+        report.plot_evaluation(result, plot)
+    click.echo(report.to_json(result) if as_json else report.evaluation_table(result))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def demo(*, as_json: bool) -> None:
-    """Quantize a small model, and compare one scale per expert with one that they share."""
+    """Train a small model, quantize it, verify it, and measure it: two minutes, on any machine.
+
+    The model is kept in the user's cache, so a second run takes seconds.
+    """
+    from functools import partial
+
     from nxdi_expertscale import demo, report
 
-    result = demo.run()
-    click.echo(report.to_json(result) if as_json else report.demo_table(result))
+    result = demo.run(partial(report.progress_bar, measure=report.STEPS))
+    if as_json:
+        click.echo(report.to_json(result))
+        return
+    picture = result.model.with_name("evaluation.png")
+    report.plot_evaluation(result.evaluation, picture)
+    click.echo(report.demo_summary(result, picture))
 
 
 def main(arguments: list[str] | None = None) -> None:

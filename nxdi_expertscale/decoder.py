@@ -265,16 +265,17 @@ def feed_forward(
     shares, chosen = affinities.topk(model.experts_per_token, dim=-1)
     if model.normalizes_top_k:
         shares = shares / shares.sum(dim=-1, keepdim=True)
-    output = torch.zeros_like(tokens)
-    for expert in range(model.experts):
-        token, place = (chosen == expert).nonzero(as_tuple=True)
-        if token.numel() == 0:
-            continue
-        own = [weights(family.expert_key(layer, expert, name)) for name in family.projections]
-        output = output.index_add(
-            0, token, _gated(tokens[token], *own) * shares[token, place, None]
-        )
-    return output.view_as(inputs)
+    # One expert's tokens after the other's: each weight is asked for once, if at all.
+    order = chosen.flatten().argsort(stable=True)
+    token = order // model.experts_per_token
+    counts = chosen.flatten().bincount(minlength=model.experts).tolist()
+    outputs = []
+    for expert, part in enumerate(torch.split(tokens[token], counts)):
+        if part.numel():
+            own = [weights(family.expert_key(layer, expert, name)) for name in family.projections]
+            outputs.append(_gated(part, *own))
+    weighted = torch.cat(outputs) * shares.flatten()[order, None]
+    return torch.zeros_like(tokens).index_add(0, token, weighted).view_as(inputs)
 
 
 def logits(hidden: torch.Tensor, weights: Weights, model: Architecture) -> torch.Tensor:

@@ -1,105 +1,107 @@
-"""``nxdi-expertscale demo``: a small model, quantized, and what one shared scale makes of it."""
+"""``nxdi-expertscale demo``: a small model from text to figures, in two minutes on any machine."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import tempfile
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import save_file
+import filelock
 
-from nxdi_expertscale import decoder
-from nxdi_expertscale.checkpoint import quantize_checkpoint
-from nxdi_expertscale.checkpoint.source import CONFIG, SINGLE_FILE, open_checkpoint
-from nxdi_expertscale.checkpoint.weights import StoredWeights, with_averaged_scales
-from nxdi_expertscale.families import QWEN3_MOE
+from nxdi_expertscale import small_model
+from nxdi_expertscale.checkpoint import quantize_checkpoint, verify_checkpoint
+from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.evaluation import Evaluation, evaluate_checkpoint
 
-LAYERS = 4
-EXPERTS = 16
-SPREAD = 16.0
-"""Factor between the magnitudes of the smallest and of the largest expert."""
+CONFIG = small_model.qwen3_moe_config(hidden_size=64, moe_intermediate_size=64)
+RECIPE = small_model.Recipe(steps=300)
+TOKENS = 8192
+"""How many tokens of the held-out text are predicted."""
 
-TOKENS = 256
+HELD_OUT = "held-out.txt"
 
-_CONFIG: dict[str, Any] = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 256,
-    "hidden_size": 128,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_experts": EXPERTS,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 64,
-    "norm_topk_prob": True,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-}
-
-
-@dataclass(frozen=True)
-class LayerErrors:
-    """Error of one layer's MoE output, as a share of the original's norm."""
-
-    layer: int
-    expert_wise: float
-    averaged: float
+Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+"""Makes a progress bar for a task."""
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo found."""
+    """What the demo made and found.
 
-    layers: tuple[LayerErrors, ...]
+    Attributes:
+        model: Folder of the trained model, in bfloat16.
+        quantized: Folder of its FP8 checkpoint.
+        text: The held-out text.
+        trained: Whether the model was trained in this run, rather than kept from an earlier one.
+        verified: Number of quantized weights in which no fault was found.
+        unigram_perplexity: Perplexity of the text for a model that only knows how frequent each
+            byte is.
+        evaluation: The quantized model against the original.
+    """
 
-
-def run() -> Demo:
-    """Make a checkpoint whose experts differ in magnitude, quantize it, and compare."""
-    with tempfile.TemporaryDirectory() as folder:
-        original, quantized = Path(folder, "original"), Path(folder, "fp8")
-        _save_model(original)
-        quantize_checkpoint(original, quantized)
-        return _layer_errors(original, quantized)
-
-
-def _save_model(folder: Path) -> None:
-    model = decoder.read_architecture(_CONFIG, QWEN3_MOE, CONFIG)
-    generator = torch.Generator().manual_seed(0)
-    weights: dict[str, torch.Tensor] = {}
-    for name, shape in model.shapes().items():
-        place = QWEN3_MOE.parse_expert_key(name)
-        exponent = 0.0 if place is None else place.expert / (EXPERTS - 1) - 1
-        values = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-        weights[name if name == decoder.LM_HEAD else f"model.{name}"] = (
-            values * SPREAD**exponent
-        ).to(torch.bfloat16)
-    folder.mkdir()
-    save_file(weights, folder / SINGLE_FILE)
-    (folder / CONFIG).write_text(json.dumps(_CONFIG))
+    model: Path
+    quantized: Path
+    text: Path
+    trained: bool
+    verified: int
+    unigram_perplexity: float
+    evaluation: Evaluation
 
 
-def _layer_errors(original: Path, quantized: Path) -> Demo:
-    model = decoder.read_architecture(_CONFIG, QWEN3_MOE, CONFIG)
-    inputs = torch.randn(TOKENS, model.hidden_size, generator=torch.Generator().manual_seed(1))
-    with (
-        StoredWeights(open_checkpoint(original), QWEN3_MOE) as full,
-        StoredWeights(open_checkpoint(quantized), QWEN3_MOE) as expert_wise,
-    ):
-        averaged = with_averaged_scales(expert_wise, QWEN3_MOE, EXPERTS)
-        errors = []
-        for layer in range(LAYERS):
-            expected, *found = (
-                decoder.feed_forward(inputs, weights, layer, model)
-                for weights in (full, expert_wise, averaged)
-            )
-            errors.append(
-                LayerErrors(layer, *(float((f - expected).norm() / expected.norm()) for f in found))
-            )
-        return Demo(tuple(errors))
+def run(bar: Bar) -> Demo:
+    """Train a small model, or take the one of an earlier run; quantize it; measure it.
+
+    Args:
+        bar: Makes a progress bar for a task.
+    """
+    corpus = small_model.python_library()
+    folder = _cache() / f"demo-{_fingerprint(corpus)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / "lock"), small_model.one_thread():
+        return _run(folder, corpus, bar)
+
+
+def _run(folder: Path, corpus: small_model.Corpus, bar: Bar) -> Demo:
+    model, quantized, text = folder / "model", folder / "model-fp8", folder / HELD_OUT
+    trained = not model.exists()
+    if trained:
+        unfinished = folder / "unfinished"
+        unfinished.mkdir(exist_ok=True)
+        with bar("training") as progress:
+            small_model.make(unfinished, CONFIG, corpus, RECIPE, progress)
+        unfinished.replace(model)
+    text.write_text(corpus.held_out, encoding="utf-8")
+    quantize_checkpoint(model, quantized, overwrite=True)
+    verification = verify_checkpoint(quantized, model)
+    if verification.faults:
+        fault = verification.faults[0]
+        raise CheckpointError(f"{fault.where}: {fault.what}")
+    with bar("evaluating") as progress:
+        evaluation = evaluate_checkpoint(
+            model, quantized, text=text, tokens=TOKENS, progress=progress
+        )
+    return Demo(
+        model=model,
+        quantized=quantized,
+        text=text,
+        trained=trained,
+        verified=verification.quantized,
+        unigram_perplexity=small_model.unigram_perplexity(corpus),
+        evaluation=evaluation,
+    )
+
+
+def _cache() -> Path:
+    # The XDG Base Directory Specification: unset, empty and relative values mean the default.
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "nxdi-expertscale"
+
+
+def _fingerprint(corpus: small_model.Corpus) -> str:
+    """Digest of all that the model follows from."""
+    recipe = json.dumps([CONFIG, asdict(RECIPE), corpus.digest])
+    return hashlib.sha256(recipe.encode()).hexdigest()[:12]

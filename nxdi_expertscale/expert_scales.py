@@ -116,10 +116,10 @@ def _check_weights(
             weight = _get(state_dict, key)
             # Upstream fuses all of a layer into tensors of the first weight's dtype: another one
             # would be cast without its scale.
-            if not fp8.is_quantized(weight) or weight.dtype != first.dtype:
+            if weight.dtype != first.dtype:
                 raise CheckpointError(
-                    f"{key}: its dtype is {weight.dtype}, where experts of layer {layer} have "
-                    f"scales and {first.dtype}; a layer's experts are quantized all or none: "
+                    f"{key}: its dtype is {weight.dtype}, that of the layer's other experts "
+                    f"{first.dtype}; a layer's experts are quantized all or none: "
                     f"{_MAKE_IT_AGAIN}"
                 )
             if tuple(weight.shape) != shape:

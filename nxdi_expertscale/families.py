@@ -5,6 +5,7 @@ A family is data. Nothing here imports torch or NxDI, so a plugin can declare on
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,19 @@ class ExpertTensor:
     """What follows the projection: ``weight``, ``scale``, ``weight_scale``, …"""
 
 
+class Stacking(enum.Enum):
+    """How one tensor holds all experts of a layer.
+
+    The tensors are ``gate_up_proj`` (gate, then up, along the outputs) and ``down_proj``, beneath
+    the path of the experts and without ``.weight``.
+    """
+
+    OUTPUTS_FIRST = "[E, out, in]"
+    """An expert's part is as a linear layer's weight: Hugging Face's Qwen3.5 MoE."""
+    INPUTS_FIRST = "[E, in, out]"
+    """An expert's part is transposed, as NxDI's own weights are: Llama 4."""
+
+
 @dataclass(frozen=True)
 class MoEFamily:
     """The names of one family of models, in its checkpoints and in NxDI's modules.
@@ -45,9 +59,17 @@ class MoEFamily:
         router: Path of a layer's router in a checkpoint, ``layers.{layer}.mlp.gate``.
         expert_mlps: Path of a layer's fused experts among NxDI's modules.
         embeddings: Path of the token embeddings; a table and no linear layer, never converted.
+        head: Path of the output layer.
+        prefixes: What may stand before a path in a checkpoint.
         gate: Name of the gate projection, ``[I, H]`` in a checkpoint.
         up: Name of the up projection, ``[I, H]``.
         down: Name of the down projection, ``[H, I]``.
+        stacked: How checkpoints hold all experts of a layer in one tensor, where they may.
+        converter_reads_stacked: Whether the converter takes the experts stacked, and not one by
+            one. They are stacked for it when they are loaded.
+        full_precision: Modules beside the router that NxDI cannot load quantized, because the
+            converter has no place for their scales; a part of their path in a checkpoint and
+            among NxDI's modules.
         num_experts: Attributes of the model's config that may hold the number of experts.
         num_experts_per_tok: Attributes that may hold the number of experts of a token.
         intermediate_size: Attributes that may hold the experts' intermediate size.
@@ -63,14 +85,33 @@ class MoEFamily:
     router: str = "layers.{layer}.mlp.gate"
     expert_mlps: str = "layers.{layer}.mlp.expert_mlps"
     embeddings: str = "embed_tokens"
+    head: str = "lm_head"
+    prefixes: tuple[str, ...] = ("model.", "")
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    stacked: Stacking | None = None
+    converter_reads_stacked: bool = False
+    full_precision: tuple[str, ...] = ()
     num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
     num_experts_per_tok: tuple[str, ...] = ("num_experts_per_tok",)
     intermediate_size: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
     head_norm: bool = True
     normalizes_top_k: bool = False
+
+    def __post_init__(self) -> None:
+        module, _, function = self.converter.partition(":")
+        if not module or not all(part.isidentifier() for part in function.split(".")):
+            raise ConfigurationError(
+                f"family {self.name!r}: converter must be 'package.module:function', not "
+                f"{self.converter!r}"
+            )
+        for field in ("experts", "router", "expert_mlps"):
+            if "{layer}" not in getattr(self, field):
+                raise ConfigurationError(
+                    f"family {self.name!r}: {field} must say where the layer's number stands, as "
+                    f"in 'layers.{{layer}}.mlp', and is {getattr(self, field)!r}"
+                )
 
     @property
     def projections(self) -> tuple[str, str, str]:
@@ -81,6 +122,10 @@ class MoEFamily:
     def fused(self) -> Mapping[str, tuple[str, ...]]:
         """For each of NxDI's fused weights, the projections it is made of, in their order."""
         return {GATE_UP: (self.gate, self.up), DOWN: (self.down,)}
+
+    def paths(self, path: str) -> tuple[str, ...]:
+        """The names that a path may have in a checkpoint."""
+        return tuple(f"{prefix}{path}" for prefix in self.prefixes)
 
     def expert_key(self, layer: int, expert: int, projection: str, suffix: str = "weight") -> str:
         """Name of one expert's tensor in a checkpoint."""
@@ -93,6 +138,10 @@ class MoEFamily:
     def fused_key(self, layer: int, fused: str, suffix: str = "weight") -> str:
         """Name of a fused tensor in NxDI's state dict; ``fused`` is a key of :attr:`fused`."""
         return f"{self.expert_mlps.format(layer=layer)}.mlp_op.{fused}.{suffix}"
+
+    def stacked_key(self, layer: int, fused: str) -> str:
+        """Name of the tensor with all experts of a layer; ``fused`` is a key of :attr:`fused`."""
+        return f"{self.experts.format(layer=layer)}.{fused}"
 
     @cached_property
     def _expert_pattern(self) -> re.Pattern[str]:
@@ -115,6 +164,16 @@ class MoEFamily:
         return ExpertTensor(
             int(match["layer"]), int(match["expert"]), match["projection"], match["suffix"]
         )
+
+    @cached_property
+    def _stacked_pattern(self) -> re.Pattern[str]:
+        path = re.escape(self.experts).replace(re.escape("{layer}"), r"(?P<layer>\d+)")
+        return re.compile(rf"(?:^|\.){path}\.(?P<fused>{'|'.join(self.fused)})$")
+
+    def parse_stacked_key(self, key: str) -> tuple[int, str] | None:
+        """The layer, and the key of :attr:`fused`, of a tensor with all experts of a layer."""
+        match = self._stacked_pattern.search(key) if self.stacked is not None else None
+        return (int(match["layer"]), match["fused"]) if match else None
 
     def is_router_key(self, key: str) -> bool:
         """Whether a name is that of a router's tensor."""
@@ -229,7 +288,24 @@ def _is_part_of(name: str, path: str) -> bool:
     return name in path or (bare != "" and bare in path)
 
 
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a ``config.json`` that describes the language model.
+
+    Hugging Face's models that also see keep it in ``text_config``.
+    """
+    nested = config.get("text_config")
+    return nested if isinstance(nested, Mapping) else config
+
+
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` says that the embeddings are the output layer's weight too."""
+    parts = (config, language_config(config))
+    return any(part.get("tie_word_embeddings") is True for part in parts)
+
+
 def _first_int(config: Any, names: Iterable[str]) -> int | None:
+    if isinstance(config, Mapping):
+        config = language_config(config)
     for name in names:
         value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
         if isinstance(value, int) and not isinstance(value, bool):
@@ -244,6 +320,7 @@ QWEN3_MOE = MoEFamily(
         "neuronx_distributed_inference.models.qwen3_moe.modeling_qwen3_moe"
         ":convert_qwen3_moe_hf_to_neuron_state_dict"
     ),
+    stacked=Stacking.OUTPUTS_FIRST,
 )
 
 MIXTRAL = MoEFamily(
@@ -260,9 +337,66 @@ MIXTRAL = MoEFamily(
     down="w2",
     num_experts=("num_local_experts",),
     intermediate_size=("intermediate_size",),
+    head_norm=False,
+    normalizes_top_k=True,
 )
 
-BUILT_IN: tuple[MoEFamily, ...] = (QWEN3_MOE, MIXTRAL)
+_LLAMA4 = "neuronx_distributed_inference.models.llama4.modeling_llama4_text"
+
+LLAMA4 = MoEFamily(
+    name="llama4",
+    model_types=("llama4", "llama4_text"),
+    converter=f"{_LLAMA4}:NeuronLlama4TextForCausalLM.convert_hf_to_neuron_state_dict",
+    experts="language_model.model.layers.{layer}.feed_forward.experts",
+    router="language_model.model.layers.{layer}.feed_forward.router",
+    expert_mlps="layers.{layer}.feed_forward.moe.expert_mlps",
+    embeddings="language_model.model.embed_tokens",
+    head="language_model.lm_head",
+    prefixes=("",),
+    stacked=Stacking.INPUTS_FIRST,
+    converter_reads_stacked=True,
+    full_precision=("lm_head", "shared_expert", "vision_model", "multi_modal_projector"),
+    num_experts=("num_local_experts",),
+    intermediate_size=("intermediate_size",),
+)
+
+BUILT_IN: tuple[MoEFamily, ...] = (QWEN3_MOE, MIXTRAL, LLAMA4)
+
+
+@dataclass(frozen=True)
+class UnsupportedModel:
+    """A mixture-of-experts model of NxDI that cannot have one FP8 scale per expert.
+
+    Attributes:
+        model_types: Values of ``model_type`` in ``config.json``.
+        module: NxDI's module that defines its config.
+        reason: Why, and what to do instead.
+    """
+
+    model_types: tuple[str, ...]
+    module: str
+    reason: str
+
+
+UNSUPPORTED: tuple[UnsupportedModel, ...] = (
+    UnsupportedModel(
+        model_types=("dbrx",),
+        module="neuronx_distributed_inference.models.dbrx.modeling_dbrx",
+        reason=(
+            "NxDI's converter for DBRX copies weights by name and drops every scale, so it loads "
+            "no quantized DBRX at all; run it in bfloat16"
+        ),
+    ),
+    UnsupportedModel(
+        model_types=("gpt_oss",),
+        module="neuronx_distributed_inference.models.gpt_oss.modeling_gpt_oss",
+        reason=(
+            "gpt-oss is quantized already: its experts are MXFP4, with a scale for every 32 "
+            "values, and NxDI reads them in no other form; run the original checkpoint with "
+            "quantized=False"
+        ),
+    ),
+)
 
 
 def family_of(model_type: str | None, families: Sequence[MoEFamily]) -> MoEFamily | None:
@@ -270,14 +404,31 @@ def family_of(model_type: str | None, families: Sequence[MoEFamily]) -> MoEFamil
     return next((family for family in families if model_type in family.model_types), None)
 
 
+def why_unsupported(model_type: str | None, modules: Iterable[str] = ()) -> str | None:
+    """Why a model cannot have one scale per expert, if that is known.
+
+    Args:
+        model_type: The model's type, if it has one.
+        modules: Modules that define its config, by which it is known where it has no type.
+    """
+    for model in UNSUPPORTED:
+        if model_type in model.model_types or (not model_type and model.module in modules):
+            return model.reason
+    return None
+
+
 def require_family(model_type: str | None, families: Sequence[MoEFamily], where: str) -> MoEFamily:
     """The family that a ``model_type`` belongs to.
 
     Raises:
-        CheckpointError: No family has this model type; the message lists those that exist.
+        CheckpointError: No family has this model type; the message says why, or lists those that
+            exist.
     """
     family = family_of(model_type, families)
     if family is None:
+        reason = why_unsupported(model_type)
+        if reason is not None:
+            raise CheckpointError(f"{where}: model_type {model_type!r} is not supported: {reason}")
         known = ", ".join(sorted(_model_types(families))) or "none"
         raise CheckpointError(
             f"{where}: model_type {model_type!r} is not a mixture-of-experts model that is "

@@ -11,6 +11,7 @@ import ast
 import importlib
 import logging
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -29,7 +30,7 @@ _REPORT_PROGRAM = "__import__('nxdi_expertscale.importing').importing.report_pro
 class ImportWatcher(MetaPathFinder):
     """A finder that finds nothing itself, and tells when watched modules are loaded.
 
-    Safe in threads: it holds no lock while a module is searched for or executed.
+    Safe in threads: it holds no lock while a module is searched for, executed or reported.
     """
 
     def __init__(self, on_loaded: ModuleCallback) -> None:
@@ -37,30 +38,36 @@ class ImportWatcher(MetaPathFinder):
 
         Args:
             on_loaded: Called with each watched module after it was executed, or, if it is run as
-                a program, before its main part. What it raises fails the import.
+                a program, before its main part. What it raises fails the import. It may be
+                called twice for one execution.
         """
         self._on_loaded = on_loaded
-        self._names: frozenset[str] = frozenset()
+        self._lock = threading.Lock()
+        self._names: tuple[str, ...] = ()
         self._unfinished: dict[str, ModuleType] = {}
 
     def watch(self, names: Sequence[str]) -> None:
-        """Watch these modules and no others; with none, leave ``sys.meta_path``.
+        """Watch these modules and no others; with none, leave ``sys.meta_path``."""
+        with self._lock:
+            self._names = tuple(names)
+            self._unfinished.clear()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            if names:
+                sys.meta_path.insert(0, self)
 
-        Modules that are loaded already are reported at once. One that another thread is just
-        importing is waited for. One that is further up in this thread's own chain of imports is
-        reported at the next import that follows its end.
+    def report_loaded(self) -> None:
+        """Report the watched modules that are loaded already.
+
+        One that another thread is just importing is waited for. One that is further up in this
+        thread's own chain of imports is reported at the next import that follows its end.
         """
-        self._names = frozenset(names)
-        if self not in sys.meta_path and names:
-            sys.meta_path.insert(0, self)
-        elif self in sys.meta_path and not names:
-            sys.meta_path.remove(self)
-        for name in names:
+        for name in self._names:
+            if _is_initializing(sys.modules.get(name)):
+                _wait_for_other_threads(name)
             module = sys.modules.get(name)
             if module is None:
                 continue
-            if _is_initializing(module):
-                _wait_for_other_threads(name)
             if _is_initializing(module):
                 self._unfinished[name] = module
             else:
@@ -69,7 +76,10 @@ class ImportWatcher(MetaPathFinder):
     def report_finished(self) -> None:
         """Report modules that were half imported when they came to be watched, and are done."""
         for name, module in list(self._unfinished.items()):
-            if not _is_initializing(module) and self._unfinished.pop(name, None) is not None:
+            if _is_initializing(module) or self._unfinished.pop(name, None) is None:
+                continue
+            # An import that has failed leaves nothing to report.
+            if sys.modules.get(name) is module:
                 self._on_loaded(module)
 
     def find_spec(
@@ -106,7 +116,8 @@ def name_of(module: ModuleType) -> str:
     return module.__name__ if spec is None else spec.name
 
 
-class _ReportingLoader(wrapt.ObjectProxy[Any]):
+# wrapt's classes take type arguments from 2.0 on only.
+class _ReportingLoader(wrapt.ObjectProxy):  # type: ignore[type-arg]
     """A module's loader, which reports the module after executing it."""
 
     def __init__(self, loader: Loader, on_loaded: ModuleCallback) -> None:
@@ -167,7 +178,13 @@ def report_program(variables: Mapping[str, Any]) -> None:
             finder.report(module)
 
 
-def _is_initializing(module: ModuleType) -> bool:
+def is_loaded(name: str) -> bool:
+    """Whether a module is imported, all of it."""
+    module = sys.modules.get(name)
+    return module is not None and not _is_initializing(module)
+
+
+def _is_initializing(module: ModuleType | None) -> bool:
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "nxdi.plugins"
 OWN_PLUGIN = "expertscale"
 ALLOW_LIST_VARIABLE = "NXDI_PLUGINS"
+
+_Contribution = TypeVar("_Contribution")
 
 
 def allowed_names() -> tuple[str, ...] | None:
@@ -68,8 +70,11 @@ class PluginManager:
                 self._report(f"no plugin is named {name!r} (installed: {known})")
                 return
             self._pluggy.register(plugin, name=name)
-        except Exception as error:
+            self._pluggy.check_pending()
+        except (Exception, SystemExit) as error:
             self._report(f"plugin {name!r} failed to load: {_one_line(error)}")
+            if self._pluggy.has_plugin(name):
+                self._pluggy.unregister(name=name)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,9 +84,9 @@ class PluginManager:
     def families(self) -> tuple[MoEFamily, ...]:
         """Every family that the plugins contribute; a model type is claimed by one only."""
         found: dict[str, MoEFamily] = {}
-        for plugin, family in self._contributions("nxdi_moe_families"):
-            taken = [kind for other in found.values() for kind in other.model_types]
-            doubles = sorted({*family.model_types} & {*taken})
+        for plugin, family in self._contributions("nxdi_moe_families", MoEFamily):
+            taken = {kind for other in found.values() for kind in other.model_types}
+            doubles = sorted(taken.intersection(family.model_types))
             if family.name in found or doubles:
                 self._report(
                     f"plugin {plugin!r}: its family {family.name!r} is left out, another one has "
@@ -92,21 +97,45 @@ class PluginManager:
         return tuple(found.values())
 
     def patches(self) -> tuple[Patch, ...]:
-        """Every patch that the plugins contribute."""
-        contributions = self._contributions("nxdi_patches", families=self.families())
-        return tuple(patch for _, patch in contributions)
+        """Every patch that the plugins contribute; a seam is patched by one only."""
+        from nxdi_expertscale.activation import Patch
 
-    def _contributions(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
-        """What each plugin gives at a hook, with the plugin's name. One that fails is reported."""
-        found: list[tuple[str, Any]] = []
-        plugins = self._pluggy.list_name_plugin()
+        found: dict[str, Patch] = {}
+        for plugin, patch in self._contributions("nxdi_patches", Patch, families=self.families()):
+            if patch.seam in found:
+                self._report(
+                    f"plugin {plugin!r}: its patch {patch.seam!r} is left out, another one has "
+                    "its name"
+                )
+                continue
+            found[patch.seam] = patch
+        return tuple(found.values())
+
+    def _contributions(
+        self, hook: str, kind: type[_Contribution], **arguments: Any
+    ) -> list[tuple[str, _Contribution]]:
+        """What each plugin gives at a hook, with the plugin's name. One that fails is reported.
+
+        Ours comes first: what is built in is not taken over by who comes first in the alphabet.
+        """
+        found: list[tuple[str, _Contribution]] = []
+        plugins = sorted(self._pluggy.list_name_plugin(), key=lambda named: named[0] != OWN_PLUGIN)
         for name, plugin in plugins:
             others = [other for _, other in plugins if other is not plugin]
             call = self._pluggy.subset_hook_caller(hook, remove_plugins=others)
             try:
-                found += [(name, item) for part in call(**arguments) for item in part]
-            except Exception as error:
+                given = [item for part in call(**arguments) for item in part]
+            except (Exception, SystemExit) as error:
                 self._report(f"plugin {name!r} failed: {_one_line(error)}")
+                continue
+            for item in given:
+                if isinstance(item, kind):
+                    found.append((name, item))
+                else:
+                    self._report(
+                        f"plugin {name!r}: {hook} gives a {type(item).__name__}, "
+                        f"not a {kind.__name__}"
+                    )
         return found
 
     def _report(self, problem: str) -> None:

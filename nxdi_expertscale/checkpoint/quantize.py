@@ -19,6 +19,7 @@ from nxdi_expertscale.checkpoint.manifest import (
     read_manifest,
     render_json,
 )
+from nxdi_expertscale.checkpoint.model import open_model
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores
 from nxdi_expertscale.checkpoint.plan import Plan, make_plan
 from nxdi_expertscale.checkpoint.provenance import mismatch_of, source_records, source_state
@@ -28,13 +29,10 @@ from nxdi_expertscale.checkpoint.source import (
     Checkpoint,
     checked_file,
     companions,
-    open_checkpoint,
 )
 from nxdi_expertscale.checkpoint.staging import WORK, Staging, digests_of_tensors, is_complete
 from nxdi_expertscale.checkpoint.stream import write_shards
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
-from nxdi_expertscale.families import require_family
-from nxdi_expertscale.plugins import known_families
 from nxdi_expertscale.version import __version__
 
 MAX_SHARD_BYTES = 1_000_000_000
@@ -103,10 +101,7 @@ def quantize_checkpoint(
     """
     started = time.perf_counter()
     _check_settings(modules_to_not_convert, workers, max_shard_bytes)
-    source = open_checkpoint(src)
-    family = require_family(
-        source.config.get("model_type"), known_families(), str(source.folder / CONFIG)
-    )
+    source, family = open_model(src)
     plan = make_plan(source, family, modules_to_not_convert, max_shard_bytes)
     destination = Path(dst).absolute()
     _check_destination(source, destination, overwrite)

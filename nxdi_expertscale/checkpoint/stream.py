@@ -99,7 +99,7 @@ def _fingerprint(shard: ShardPlan, files: Mapping[str, SourceRecord]) -> str:
     used: set[str] = set()
     for planned in shard.tensors:
         tensor, scale = planned.weight.tensor, planned.weight.scale
-        recipe.append([tensor.name, tensor.file, tensor.offset, tensor.dtype])
+        recipe.append([tensor.name, tensor.file, tensor.offset, tensor.pitch, tensor.dtype])
         used.add(tensor.file)
         if scale is not None:
             recipe.append([scale.tensor.file, scale.tensor.offset, scale.rows, scale.columns])

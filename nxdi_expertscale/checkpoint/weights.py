@@ -13,10 +13,12 @@ from nxdi_expertscale.checkpoint.pieces import as_rows
 from nxdi_expertscale.checkpoint.source import Checkpoint, TensorReader
 from nxdi_expertscale.checkpoint.tensors import Weight, check_architecture, read_weights
 from nxdi_expertscale.checkpoint.values import ValueReader
-from nxdi_expertscale.decoder import Weights
+from nxdi_expertscale.decoder import Architecture, Weights
+from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families import MoEFamily
 
 _PREFIX = "model."
+_MAKE_IT = "make the checkpoint with 'nxdi-expertscale quantize'"
 
 
 class StoredWeights:
@@ -24,6 +26,9 @@ class StoredWeights:
 
     Called with a name without Hugging Face's ``model.``, it gives the weight. Nothing is kept:
     what is read twice is read from the disk twice. Files stay open until it is closed.
+
+    Attributes:
+        folder: The checkpoint's folder.
 
     Raises:
         CheckpointError: The checkpoint is malformed, or quantized in a way that cannot be read.
@@ -35,6 +40,7 @@ class StoredWeights:
             weight.tensor.name.removeprefix(_PREFIX): weight
             for weight in read_weights(checkpoint, family)
         }
+        self.folder = checkpoint.folder
         self._files = TensorReader(checkpoint)
         self._reader = ValueReader(checkpoint, self._files)
 
@@ -49,28 +55,29 @@ class StoredWeights:
         values = self._reader.values(weight, _all_rows(weight))
         return values.clone().view(weight.tensor.shape)
 
-    def quantized(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A weight as it is stored and its scales, one for each channel; None if it has none.
+    def is_quantized(self, name: str) -> bool:
+        """Whether a weight has scales."""
+        return self._weights[name].scale is not None
 
-        Returns:
-            ``[out, in]`` and ``[1, out]``, ``torch.float32``.
-        """
+    def quantized(self, name: str) -> torch.Tensor:
+        """A weight as it is stored, without its scales."""
         weight = self._weights[name]
-        if weight.scale is None:
-            return None
-        stored = self._reader.stored(weight, _all_rows(weight))
-        return stored.clone(), self.channel_scale(name)
+        return self._reader.stored(weight, _all_rows(weight)).clone()
 
     def channel_scale(self, name: str) -> torch.Tensor:
-        """The scales of a weight that has one for each channel, ``[1, out]``.
+        """The scales of a weight, one for each output channel, ``[1, out]``, ``torch.float32``.
 
         Raises:
-            ValueError: It has none, or one for each block.
+            CheckpointError: It has none, or one for each block.
         """
         weight = self._weights[name]
-        if weight.scale is None or weight.scale.columns < weight.tensor.shape[1]:
-            raise ValueError(f"{name} has no scale for each channel")
-        return self._reader.scale(weight.scale, _all_rows(weight), weight.tensor.shape[1]).T
+        columns = weight.tensor.shape[-1]
+        if weight.scale is None or weight.scale.columns < columns:
+            raise CheckpointError(
+                f"{self.folder / weight.tensor.file}: {weight.tensor.name}: does not have one "
+                f"scale for each output channel; {_MAKE_IT}"
+            )
+        return self._reader.scale(weight.scale, _all_rows(weight), columns).T
 
     def close(self) -> None:
         """Close the files."""
@@ -92,28 +99,35 @@ def _all_rows(weight: Weight) -> range:
     return range(as_rows(weight.tensor.shape)[0])
 
 
-def with_averaged_scales(stored: StoredWeights, family: MoEFamily, experts: int) -> Weights:
+def with_averaged_scales(stored: StoredWeights, model: Architecture) -> Weights:
     """What a checkpoint's weights become where a layer's experts share their mean scale.
 
     That is NxDI without expert-wise scales: the quantized numbers stay as they are, and the mean
     takes the place of the scale that they were quantized with.
 
     Args:
-        stored: A checkpoint with one scale for each channel of each expert.
-        family: Its family.
-        experts: Number of experts in a layer.
+        stored: A checkpoint with one scale for each channel of each expert, in some layers.
+        model: What the checkpoint holds.
+
+    Raises:
+        CheckpointError: No layer's experts have scales. The weights raise it too, where some
+            experts of a layer have scales and others none.
     """
+    family = model.family
 
     @lru_cache(maxsize=len(family.projections))
     def shared(layer: int, projection: str) -> torch.Tensor:
-        keys = [family.expert_key(layer, expert, projection) for expert in range(experts)]
+        keys = [family.expert_key(layer, expert, projection) for expert in range(model.experts)]
         return scales.average(torch.stack([stored.channel_scale(key) for key in keys]))[0]
 
     def weight(name: str) -> torch.Tensor:
         place = family.parse_expert_key(name)
-        quantized = stored.quantized(name) if place is not None else None
-        if place is None or quantized is None:
+        if place is None or not stored.is_quantized(name):
             return stored(name)
-        return fp8.dequantize(quantized[0], shared(place.layer, place.projection).T)
+        return fp8.dequantize(stored.quantized(name), shared(place.layer, place.projection).T)
 
+    if not any(
+        family.parse_expert_key(name) and stored.is_quantized(name) for name in stored.names
+    ):
+        raise CheckpointError(f"{stored.folder}: has no quantized experts; {_MAKE_IT}")
     return weight

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from nxdi_expertscale import flag
-from nxdi_expertscale.activation import FEATURE, Patch, mentions, require
+from nxdi_expertscale.activation import FEATURE, Patch, mentions, require, unmet, words
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError, IncompatibleUpstreamError
 from nxdi_expertscale.families import MoEFamily
 from nxdi_expertscale.patches import seams
+from nxdi_expertscale.patches.config import quantized_dtype
 
 if TYPE_CHECKING:
     import torch
 
     from nxdi_expertscale.expert_scales import LayerScales
+
+_ENTRANCE = "convert_hf_to_neuron_state_dict"
+"""The static method by which NxDI calls a model's converter, or which is it."""
 
 _logger = logging.getLogger("nxdi_expertscale")
 
@@ -39,24 +44,30 @@ def _patch(family: MoEFamily) -> Patch:
         attribute=converter,
         wrapper=_fusing_scales(family),
         misfit=lambda module: _misfit(module, converter),
-        native=lambda module: mentions(getattr(module, converter), FEATURE),
+        native=lambda module: mentions(attrgetter(converter)(module), FEATURE),
     )
 
 
 def _misfit(module: ModuleType, converter: str) -> str | None:
-    try:
-        inspect.signature(getattr(module, converter)).bind({}, None)
-    except TypeError as error:
-        return f"{converter} is not called with (state dict, config): {error}"
+    function = attrgetter(converter)(module)
+    parameters = list(inspect.signature(function).parameters)
+    if "state_dict" not in parameters[0] or parameters[1:2] not in (["config"], ["cfg"]):
+        return f"{converter} is not called with (state dict, config), but with {parameters}"
+    if converter.endswith(f".{_ENTRANCE}"):
+        return None
     callers = [
         method
         for owner in vars(module).values()
         if isinstance(owner, type) and owner.__module__ == module.__name__
-        for method in (owner.__dict__.get("convert_hf_to_neuron_state_dict"),)
+        for method in (owner.__dict__.get(_ENTRANCE),)
         if method is not None
     ]
-    if not any(mentions(caller, converter) for caller in callers):
-        return f"no convert_hf_to_neuron_state_dict of {module.__name__} calls {converter}"
+    if not callers or not all(mentions(caller, converter) for caller in callers):
+        return f"{_ENTRANCE} of {module.__name__} does not call {converter}"
+    for part in (function, *callers):
+        scales = sorted(word for word in words(part) if "scale" in word)
+        if scales:
+            return f"{part.__qualname__} treats scales itself ({scales[0]!r})"
     return None
 
 
@@ -67,17 +78,25 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> dict[str, torch.Tensor]:
-        bound = inspect.signature(wrapped).bind(*args, **kwargs)
-        state_dict, config = bound.arguments.values()
-        neuron_config = config.neuron_config
+        state_dict, config, *_rest = inspect.signature(wrapped).bind(*args, **kwargs).args
+        neuron_config = getattr(config, "neuron_config", None)
         if not flag.is_quantized(neuron_config):
             return wrapped(*args, **kwargs)
         if flag.is_on(neuron_config):
             flag.check_neuron_config(neuron_config)
             require(seams.needed_by_model(family))
+        else:
+            reason = unmet(seams.needed_by_model(family))
+            if reason is not None:
+                _logger.warning("the experts' scales are left to NxDI: %s", reason)
+                return wrapped(*args, **kwargs)
         layers = take_out_scales(state_dict, config, family)
+        if family.converter_reads_stacked:
+            stack_experts(state_dict, config, family)
         converted = wrapped(*args, **kwargs)
         put_in_scales(converted, layers, neuron_config, family)
+        if layers or flag.is_on(neuron_config):
+            _refuse_lost_scales(converted, family)
         return converted
 
     return convert
@@ -98,10 +117,8 @@ def take_out_scales(
 
     experts = family.experts_of(config)
     if experts is None:
-        raise ConfigurationError(
-            f"the config of a {family.name} model has none of {', '.join(family.num_experts)}"
-        )
-    check_range = _range_is_unchecked(config.neuron_config)
+        raise _not_as_known(family, f"its config has none of {', '.join(family.num_experts)}")
+    check_range = not _is_vouched_for(state_dict, config.neuron_config)
     found = [
         expert_scales.collect(state_dict, family, layer, experts, check_range=check_range)
         for layer in range(config.num_hidden_layers)
@@ -116,6 +133,19 @@ def take_out_scales(
         for key in layer.consumed:
             del state_dict[key]
     return layers
+
+
+def stack_experts(state_dict: dict[str, torch.Tensor], config: Any, family: MoEFamily) -> None:
+    """Stack the experts of each layer for a converter that takes them so.
+
+    Raises:
+        CheckpointError: An expert is missing.
+    """
+    from nxdi_expertscale import expert_weights
+
+    experts = family.experts_of(config)
+    for layer in range(config.num_hidden_layers):
+        expert_weights.stack(state_dict, family, layer, experts or 0)
 
 
 def put_in_scales(
@@ -140,15 +170,44 @@ def put_in_scales(
             key = family.fused_key(layer.layer, fused, "scale")
             if weight is None or weight.dim() != 3 or weight.shape[0] != scale.shape[0]:
                 shape = None if weight is None else list(weight.shape)
-                raise IncompatibleUpstreamError(
-                    f"{key}: NxDI gave a fused weight of shape {shape}, where "
-                    f"[{scale.shape[0]}, in, out] was expected; this release is not supported"
+                raise _not_as_known(
+                    family,
+                    f"{key} belongs to a fused weight of shape {shape}, where "
+                    f"[{scale.shape[0]}, in, out] was expected",
                 )
+            if key in converted:
+                raise _not_as_known(family, f"NxDI makes {key} itself")
             layout = scale if expert_wise else scales.average(scale)
             try:
-                converted[key] = scales.pad(layout, weight.shape[2], len(family.fused[fused]))
+                padded = scales.pad(layout, weight.shape[2], len(family.fused[fused]))
             except ValueError as error:
-                raise IncompatibleUpstreamError(f"{key}: {error}") from error
+                raise _not_as_known(family, f"{key}: {error}") from error
+            converted[key] = padded
+            if getattr(neuron_config, "hybrid_sharding_config", None) is not None:
+                converted[_generation_key(key)] = padded.clone()
+
+
+def _refuse_lost_scales(converted: Mapping[str, torch.Tensor], family: MoEFamily) -> None:
+    """Make sure that no quantized weight has lost its scale, without which it means nothing."""
+    from nxdi_expertscale import fp8
+
+    for key, weight in converted.items():
+        path, _, suffix = key.rpartition(".")
+        if suffix == "weight" and fp8.is_quantized(weight) and f"{path}.scale" not in converted:
+            raise _not_as_known(family, f"{key} is {weight.dtype} and has no scale")
+
+
+def _not_as_known(family: MoEFamily, difference: str) -> IncompatibleUpstreamError:
+    return IncompatibleUpstreamError(
+        f"the experts' scales cannot be fused with this NxDI: seam {seams.state_dict(family)!r} "
+        f"({family.converter}): {difference}. Install a release that is supported"
+    )
+
+
+def _generation_key(key: str) -> str:
+    # Hybrid sharding has a second set of a layer's experts, cut otherwise, for token generation.
+    # NxD's preshard hook (modules/moe/expert_mlps_v2.py) copies the weights for it, not the scales.
+    return key.replace(".mlp_op.", ".mlp_op_tkg.")
 
 
 def _warn_of_averaging(layers: Sequence[LayerScales]) -> None:
@@ -187,6 +246,11 @@ def _check_against_config(
         path, _, suffix = key.rpartition(".")
         if suffix != "weight" or not fp8.is_quantized(weight) or family.is_router_key(key):
             continue
+        if any(name in path for name in family.full_precision):
+            raise CheckpointError(
+                f"{key}: it is quantized in the checkpoint, and NxDI's converter has no place for "
+                "its scale; make the checkpoint again with 'nxdi-expertscale quantize'"
+            )
         if f"{path}.scale" in state_dict and any(name in path for name in excluded):
             raise ConfigurationError(
                 f"{key}: it is quantized in the checkpoint, and modules_to_not_convert keeps its "
@@ -199,17 +263,12 @@ def _check_against_config(
 
 
 def _check_dtype(key: str, weight: torch.Tensor, neuron_config: Any) -> None:
-    wanted = getattr(neuron_config, "quantization_dtype", None)
-    if wanted is None:
-        return
-    from neuronx_distributed.quantization.quantization_config import QuantizedDtype
-
-    dtype = QuantizedDtype.get_dtype(wanted) if isinstance(wanted, str) else wanted
-    dtype = getattr(dtype, "value", dtype)
-    if weight.dtype != dtype:
+    dtype = quantized_dtype(neuron_config)
+    if dtype is not None and weight.dtype != dtype:
         raise ConfigurationError(
-            f"{key}: its dtype is {weight.dtype}, and quantization_dtype={wanted!r} makes NxDI "
-            f"read it as {dtype}; set quantization_dtype='f8e4m3' for an FP8 checkpoint"
+            f"{key}: its dtype is {weight.dtype}, it has a scale, and quantization_dtype="
+            f"{neuron_config.quantization_dtype!r} makes NxDI read it as {dtype}; set "
+            "quantization_dtype='f8e4m3' for an FP8 checkpoint"
         )
 
 
@@ -252,5 +311,27 @@ def _scale_name(weight_key: str) -> str:
     return weight_key.removesuffix("weight") + "scale"
 
 
-def _range_is_unchecked(_neuron_config: Any) -> bool:
-    return True
+def _is_vouched_for(state_dict: Mapping[str, torch.Tensor], neuron_config: Any) -> bool:
+    """Whether a state dict is that of a finished folder of ours, whose weights are in range.
+
+    The state dict of a draft is converted with the same settings, and comes from another folder:
+    the names have to be those of the manifest's folder.
+    """
+    from nxdi_expertscale.checkpoint.manifest import is_untouched, tensor_names
+
+    folder = getattr(neuron_config, "quantized_checkpoints_path", None)
+    if not folder:
+        return False
+    try:
+        names = tensor_names(folder) if is_untouched(folder) else None
+    except CheckpointError as error:
+        _logger.warning("the range of every weight is checked: %s", error)
+        return False
+    return names is not None and all(_name_in_state_dict(name) in state_dict for name in names)
+
+
+def _name_in_state_dict(name: str) -> str:
+    # Upstream: application_base.py, get_state_dict.
+    name = name.removeprefix("model.")
+    is_scale = name.endswith(".weight_scale")
+    return name.removesuffix("weight_scale") + "scale" if is_scale else name

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, 
 
 from nxdi_expertscale import decoder
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families import QWEN3_MOE, MoEFamily
+from nxdi_expertscale.families import MIXTRAL, QWEN3_MOE, MoEFamily
 
 ROUNDING = 1e-5
 TOKENS = torch.randint(128, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -28,19 +28,6 @@ SIZES: dict[str, Any] = {
     "num_experts_per_tok": 2,
 }
 QWEN3 = {**SIZES, "num_experts": 8, "moe_intermediate_size": 32, "intermediate_size": 96}
-
-MIXTRAL = MoEFamily(
-    name="mixtral",
-    model_types=("mixtral",),
-    converter="",
-    experts="layers.{layer}.block_sparse_moe.experts",
-    router="layers.{layer}.block_sparse_moe.gate",
-    gate="w1",
-    up="w3",
-    down="w2",
-    head_norm=False,
-    normalizes_top_k=True,
-)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,24 @@ def target(target_name: str) -> targets.Target:
     return targets.all_targets()[target_name]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _not_active() -> None:
+    """Take off the patches that a test module's imports have put in force."""
+    import nxdi_expertscale
+
+    nxdi_expertscale.deactivate()
+
+
+@pytest.fixture
+def active(_not_active: None) -> Iterator[None]:
+    """The patches, in force for one test."""
+    import nxdi_expertscale
+
+    nxdi_expertscale.activate()
+    yield
+    nxdi_expertscale.deactivate()
+
+
 @pytest.fixture(scope="session")
 def one_rank(target: targets.Target, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """NxD's parallel state for a single rank."""

@@ -70,6 +70,9 @@ class Worker:
             report = self._config.hook.pytest_report_from_serializable(
                 config=self._config, data=json.loads(line)
             )
+            if isinstance(report.longrepr, list):
+                # Where and why a test was skipped; JSON has no tuples.
+                report.longrepr = tuple(report.longrepr)
             self._waiting[report.nodeid].append(report)
 
     def _lost(self, item: pytest.Item) -> pytest.TestReport:

@@ -23,6 +23,10 @@ def initialize_model_parallel(
     _groups["expert"] = alone[dist.get_rank()]
 
 
+def set_aot_mode(mode: bool) -> None:
+    """Nothing to do: the double initializes no weight, ahead-of-time mode or not."""
+
+
 def destroy_model_parallel() -> None:
     _groups.clear()
 

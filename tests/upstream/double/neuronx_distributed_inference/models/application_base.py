@@ -18,6 +18,10 @@ from neuronx_distributed_inference.modules.checkpoint import (
 )
 
 
+def init_custom_process_group_fn(config: InferenceConfig) -> None:
+    """Nothing to do: in the double, a draft's group is that of its target."""
+
+
 class NeuronApplicationBase(torch.nn.Module):
     _STATE_DICT_MODEL_PREFIX = "model."
     _NEW_STATE_DICT_MODEL_PREFIX = ""

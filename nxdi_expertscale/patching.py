@@ -1,0 +1,160 @@
+"""Puts a wrapper in the place of a function, and the very object that was there back again."""
+
+from __future__ import annotations
+
+import copy
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
+"""A wrapt wrapper: ``(wrapped, instance, args, kwargs)``."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an attribute of a module stands.
+
+    Attributes:
+        parent: The module or the class that the attribute is looked up in; None if there is none.
+        name: The attribute's name in it.
+        current: What is there, not what its descriptors make of it; None if there is nothing.
+    """
+
+    parent: Any
+    name: str
+    current: Any
+
+
+def find(module: ModuleType, attribute: str) -> Place:
+    """Find an attribute, such as ``MoENeuronConfig.__init__``; a class may inherit it."""
+    *path, name = attribute.split(".")
+    parent: Any = module
+    for part in path:
+        parent = getattr(parent, part, None)
+    holders = parent.__mro__ if isinstance(parent, type) else (parent,)
+    found = [vars(holder)[name] for holder in holders if name in getattr(holder, "__dict__", ())]
+    return Place(parent, name, found[0] if found else None)
+
+
+def layers(function: Any) -> Iterator[Any]:
+    """A function, what it wraps, and so on to the innermost."""
+    while function is not None:
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+class _PatchedMethod(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]
+    """A patched method, looked up on an instance or on a class."""
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        instance = self._self_instance
+        if instance is None or isinstance(instance, type):
+            return self
+        return getattr(copy.deepcopy(instance, memo), self._self_parent.name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._self_instance is None:
+            return self._self_parent.__reduce_ex__(protocol)
+        return getattr, (self._self_instance, self._self_parent.name)
+
+
+# wrapt's classes take type arguments from 2.0 on only.
+class PatchedFunction(wrapt.FunctionWrapper):  # type: ignore[type-arg]
+    """A function with a wrapper around it, copied and pickled as functions are: by name."""
+
+    __bound_function_wrapper__ = _PatchedMethod
+
+    def __init__(
+        self,
+        wrapped: Any,
+        wrapper: Wrapper,
+        *,
+        module: str,
+        attribute: str,
+        is_in_force: Callable[[], bool],
+    ) -> None:
+        """Wrap a function.
+
+        Args:
+            wrapped: The function, or the descriptor that stands in its class.
+            wrapper: What is called in its place.
+            module: Module in which it is found.
+            attribute: Its dotted name there.
+            is_in_force: Asked at each call; the wrapper is passed by where it is not.
+        """
+        super().__init__(wrapped, wrapper, enabled=is_in_force)
+        self._self_module = module
+        self._self_attribute = attribute
+        self._self_is_in_force = is_in_force
+
+    @property
+    def name(self) -> str:
+        """Its name in the class or module that holds it."""
+        return str(self._self_attribute).rpartition(".")[2]
+
+    @property
+    def is_in_force(self) -> bool:
+        """Whether a call goes through the wrapper."""
+        return bool(self._self_is_in_force())
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return pkgutil.resolve_name, (f"{self._self_module}:{self._self_attribute}",)
+
+
+_INHERITED = object()
+
+
+class Installation:
+    """A patched function in its place; it can be undone."""
+
+    def __init__(self, place: Place, wrapper: Wrapper, **settings: Any) -> None:
+        """Install a wrapper.
+
+        Args:
+            place: Where.
+            wrapper: What is called in place of what is there.
+            settings: The rest of what :class:`PatchedFunction` takes.
+
+        Raises:
+            TypeError: The class does not let its attributes be set.
+        """
+        wrapped = place.current
+        # One of ours that was left behind under another tool's wrapper, which is gone by now.
+        while isinstance(wrapped, PatchedFunction) and not wrapped.is_in_force:
+            wrapped = wrapped.__wrapped__
+        self._place = place
+        self._original = wrapped if place.name in vars(place.parent) else _INHERITED
+        self._function = PatchedFunction(wrapped, wrapper, **settings)
+        setattr(place.parent, place.name, self._function)
+
+    def is_part_of(self, function: Any) -> bool:
+        """Whether a function is the one installed, or other wrappers around it."""
+        return any(layer is self._function for layer in layers(function))
+
+    def undo(self) -> None:
+        """Put back what was there, the very same object.
+
+        A wrapper that another tool has wrapped in turn, or imported by name, cannot be taken out
+        from under it: it stays, and as it is not in force any more, calls straight through.
+        """
+        parent, name = self._place.parent, self._place.name
+        if vars(parent).get(name) is not self._function:
+            return
+        if self._original is _INHERITED:
+            delattr(parent, name)
+        else:
+            setattr(parent, name, self._original)

@@ -1,0 +1,96 @@
+"""The text that a model is measured on, as tokens."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import torch
+
+from nxdi_expertscale.errors import CheckpointError, ConfigurationError
+
+TOKENIZER = "tokenizer.json"
+
+_BYTES = 256
+_CHARACTERS_PER_TOKEN = 32
+"""More than any text has on average: what is read of a long file."""
+
+
+def read_text(path: Path, tokens: int) -> str:
+    """The beginning of a text file, enough of it for a number of tokens.
+
+    Raises:
+        ConfigurationError: It is not UTF-8, or is empty.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(tokens * _CHARACTERS_PER_TOKEN)
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{path}: is not text in UTF-8; name another file") from None
+    if not text:
+        raise ConfigurationError(f"{path}: is empty; name another file")
+    return text
+
+
+def python_documentation() -> str:
+    """Python's documentation of itself: English prose and code that every machine has.
+
+    Raises:
+        ConfigurationError: This Python was installed without it.
+    """
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        raise ConfigurationError(
+            "this Python was installed without its documentation (pydoc_data), which is the text "
+            "that is measured on if none is given; name a file with --text"
+        ) from None
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def tokenize(text: str, checkpoint: Path, vocabulary: int) -> torch.Tensor:
+    """A text in the tokens of a checkpoint.
+
+    Args:
+        text: The text.
+        checkpoint: The checkpoint's folder, with ``tokenizer.json``. A model of 256 tokens
+            needs none: its tokens are bytes.
+        vocabulary: Number of the model's tokens.
+
+    Returns:
+        ``[length]``, ``torch.int64``.
+
+    Raises:
+        CheckpointError: There is no tokenizer, or it is another model's.
+        ConfigurationError: The package ``tokenizers`` is not installed.
+    """
+    path = checkpoint / TOKENIZER
+    if path.is_file():
+        found = _encode(text, path)
+    elif vocabulary == _BYTES:
+        found = list(text.encode())
+    else:
+        raise CheckpointError(f"{path}: is missing; put the model's tokenizer there")
+    tokens = torch.tensor(found, dtype=torch.int64)
+    if tokens.numel() and int(tokens.max()) >= vocabulary:
+        raise CheckpointError(
+            f"{path}: has a token {int(tokens.max())}, and the model has {vocabulary}; it is "
+            "another model's"
+        )
+    return tokens
+
+
+def _encode(text: str, path: Path) -> list[int]:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise ConfigurationError(
+            "a checkpoint's tokenizer is read with the package tokenizers, which is not "
+            "installed: pip install 'nxdi-expertscale[evaluate]'"
+        ) from None
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise CheckpointError(f"{path}: is not a tokenizer ({error}); download it again") from None
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids

@@ -1,0 +1,236 @@
+"""The patches: whenever they are applied, taken off again, and kept away from what does not fit."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nxdi_expertscale
+from nxdi_expertscale.errors import IncompatibleUpstreamError
+from tests.upstream import models, processes
+from tests.upstream.targets import Target
+
+WITHIN_FP8 = 0.06
+CONVERTER = "convert_qwen3_moe_hf_to_neuron_state_dict"
+
+
+@pytest.fixture(scope="session")
+def fp8(nxdi: Any, moe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return nxdi.quantize(moe, tmp_path_factory.mktemp("fp8"))
+
+
+def errors_when_imported(
+    _rank: int, before: bool, checkpoint: Path, settings: dict[str, Any]
+) -> list[float]:
+    """The model's errors where this package is imported before NxDI, or after it."""
+    if before:
+        import nxdi_expertscale
+
+        assert {seam.state for seam in nxdi_expertscale.status()} == {"waiting"}
+    from tests.upstream import running
+
+    if not before:
+        import nxdi_expertscale
+    return running.moe_errors(checkpoint, running.load(checkpoint, **settings))
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_import_before_nxdi_or_after_it(
+    target: Target, moe: Path, fp8: dict[str, Any], tmp_path: Path, before: bool
+) -> None:
+    settings = {**fp8, "expert_wise_scale": True}
+
+    [errors] = processes.run_on_ranks(
+        target, 1, tmp_path / "store", errors_when_imported, before, moe, settings
+    )
+
+    assert max(errors) < WITHIN_FP8
+
+
+def objects_at_seams() -> dict[str, Any]:
+    """What stands at each seam now, not what its descriptor makes of it."""
+    found = {}
+    for seam in nxdi_expertscale.status():
+        parent: Any = importlib.import_module(seam.module)
+        *path, name = seam.attribute.split(".")
+        for part in path:
+            parent = getattr(parent, part)
+        found[seam.seam] = vars(parent)[name]
+    return found
+
+
+@pytest.mark.usefixtures("nxdi")
+def test_every_seam_is_patched_and_deactivation_puts_back_the_very_objects() -> None:
+    nxdi_expertscale.activate()
+    patched = objects_at_seams()
+    states = {seam.seam: (seam.state, seam.reason) for seam in nxdi_expertscale.status()}
+    nxdi_expertscale.activate()
+    assert all(objects_at_seams()[name] is patch for name, patch in patched.items())
+    attributes = [(seam.module, seam.attribute) for seam in nxdi_expertscale.status()]
+    nxdi_expertscale.deactivate()
+
+    assert set(states.values()) == {("applied", "")}
+    assert nxdi_expertscale.status() == ()
+    for (module, attribute), patch in zip(attributes, patched.values(), strict=True):
+        current: Any = importlib.import_module(module)
+        *path, name = attribute.split(".")
+        for part in path:
+            current = getattr(current, part)
+        original = vars(current)[name]
+        assert patch is not original
+        assert patch.__wrapped__ is original
+        assert inspect.signature(patch) == inspect.signature(original)
+
+
+def test_deactivated_nxdi_is_the_stock_one(
+    nxdi: Any, moe: Path, fp8: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    nxdi_expertscale.activate()
+    nxdi_expertscale.deactivate()
+
+    with pytest.raises(RuntimeError, match="Cannot find"):
+        nxdi.load(moe, **fp8)
+    nxdi.inference_config(moe, **fp8, expert_wise_scale=True)
+    assert "Unexpected keyword arguments: {'expert_wise_scale': True}" in caplog.text
+
+
+def test_unquantized_model_is_untouched(nxdi: Any, moe: Path) -> None:
+    stock = nxdi.convert(moe)
+    logits = nxdi.load(moe).logits(models.prompt())
+
+    nxdi_expertscale.activate()
+    try:
+        assert nxdi.different_tensors(nxdi.convert(moe), stock) == []
+        assert torch.equal(nxdi.load(moe).logits(models.prompt()), logits)
+    finally:
+        nxdi_expertscale.deactivate()
+
+
+Change = Callable[[pytest.MonkeyPatch], None]
+
+
+def rename_converter(patch: pytest.MonkeyPatch) -> None:
+    module, application = converter_module()
+    converter = getattr(module, CONVERTER)
+    patch.delattr(module, CONVERTER)
+    patch.setattr(
+        application,
+        "convert_hf_to_neuron_state_dict",
+        staticmethod(lambda state_dict, config: converter(state_dict, config)),  # noqa: PLW0108
+    )
+
+
+def add_argument_to_converter(patch: pytest.MonkeyPatch) -> None:
+    module, application = converter_module()
+    converter = getattr(module, CONVERTER)
+    patch.setattr(module, CONVERTER, lambda state_dict, config, rank: converter(state_dict, config))
+    patch.setattr(
+        application,
+        "convert_hf_to_neuron_state_dict",
+        staticmethod(lambda state_dict, config: getattr(module, CONVERTER)(state_dict, config, 0)),
+    )
+
+
+def stop_calling_converter(patch: pytest.MonkeyPatch) -> None:
+    module, application = converter_module()
+    converter = getattr(module, CONVERTER)
+    patch.setattr(
+        application,
+        "convert_hf_to_neuron_state_dict",
+        staticmethod(lambda state_dict, config: converter(state_dict, config)),  # noqa: PLW0108
+    )
+
+
+def take_include_from_convert(patch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("neuronx_distributed_inference.models.model_wrapper")
+    convert = module.convert
+
+    def without_include(
+        module: Any, q_config: Any, inplace: bool, mapping: Any, modules_to_not_convert: Any
+    ) -> Any:
+        return convert(
+            module,
+            q_config=q_config,
+            inplace=inplace,
+            mapping=mapping,
+            modules_to_not_convert=modules_to_not_convert,
+        )
+
+    patch.setattr(module, "convert", without_include)
+
+
+def call_convert_by_another_name(patch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("neuronx_distributed_inference.models.model_wrapper")
+    load_module = module.DecoderModelInstance.load_module
+    patch.setattr(module.DecoderModelInstance, "load_module", lambda self: load_module(self))  # noqa: PLW0108
+
+
+def converter_module() -> tuple[Any, Any]:
+    module: Any = importlib.import_module(
+        "neuronx_distributed_inference.models.qwen3_moe.modeling_qwen3_moe"
+    )
+    return module, module.NeuronQwen3MoeForCausalLM
+
+
+CHANGES = [
+    (rename_converter, "state_dict:qwen3_moe"),
+    (add_argument_to_converter, "state_dict:qwen3_moe"),
+    (stop_calling_converter, "state_dict:qwen3_moe"),
+    (take_include_from_convert, "quantization"),
+    (call_convert_by_another_name, "quantization"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "seam"), CHANGES, ids=[change.__name__ for change, _ in CHANGES]
+)
+def test_changed_seam_is_left_alone_and_refused_to_users_of_the_flag(
+    nxdi: Any,
+    moe: Path,
+    fp8: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    change: Change,
+    seam: str,
+) -> None:
+    expected = nxdi.load(moe).logits(models.prompt())
+    change(monkeypatch)
+    nxdi_expertscale.activate()
+    try:
+        assert torch.equal(nxdi.load(moe).logits(models.prompt()), expected)
+        found = {status.seam: status for status in nxdi_expertscale.status()}
+        assert found[seam].state == "incompatible"
+        assert found[seam].reason
+        with pytest.raises(IncompatibleUpstreamError, match=seam):
+            nxdi.load(moe, **fp8, expert_wise_scale=True)
+    finally:
+        nxdi_expertscale.deactivate()
+
+
+def test_config_that_has_the_flag_is_left_to_itself(
+    nxdi: Any, moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = nxdi.MoENeuronConfig.__init__
+
+    def knows_the_flag(
+        self: Any, *args: Any, expert_wise_scale: bool = False, **kwargs: Any
+    ) -> None:
+        self.expert_wise_scale = expert_wise_scale
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(nxdi.MoENeuronConfig, "__init__", knows_the_flag)
+    nxdi_expertscale.activate()
+    try:
+        config = nxdi.inference_config(moe, expert_wise_scale=True)
+
+        [seam] = [seam for seam in nxdi_expertscale.status() if seam.seam == "config"]
+        assert seam.state == "native"
+        assert nxdi.MoENeuronConfig.__init__ is knows_the_flag
+        assert config.neuron_config.expert_wise_scale is True
+    finally:
+        nxdi_expertscale.deactivate()

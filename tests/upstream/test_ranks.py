@@ -1,0 +1,56 @@
+"""Tensor parallelism: two processes, each with its part of every expert and of the scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.upstream import models, processes
+from tests.upstream.targets import Target
+
+RANKS = 2
+WITHIN_FP8 = 0.06
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank has and computes."""
+
+    gate_up_scale: tuple[int, ...]
+    down_scale: tuple[int, ...]
+    errors: list[float]
+
+
+def load_and_run(rank: int, checkpoint: Path, settings: dict[str, Any]) -> RankResult:
+    """Be one rank: load the model with its patches in force, and compare its MoE outputs."""
+    import nxdi_expertscale
+    from tests.upstream import running
+
+    nxdi_expertscale.activate()
+    loaded = running.load(checkpoint, rank=rank, tp_degree=RANKS, moe_tp_degree=RANKS, **settings)
+    experts = loaded.module.layers[0].mlp.expert_mlps.mlp_op
+    return RankResult(
+        tuple(experts.gate_up_proj.scale.shape),
+        tuple(experts.down_proj.scale.shape),
+        running.moe_errors(checkpoint, loaded),
+    )
+
+
+@pytest.mark.usefixtures("active")
+def test_two_ranks_together_give_the_output_of_one(
+    nxdi: Any, target: Target, moe: Path, tmp_path: Path
+) -> None:
+    settings = {**nxdi.quantize(moe, tmp_path / "fp8"), "expert_wise_scale": True}
+    alone = nxdi.moe_errors(moe, nxdi.load(moe, **settings))
+
+    results = processes.run_on_ranks(target, RANKS, tmp_path / "store", load_and_run, moe, settings)
+
+    for result in results:
+        width = 2 * models.MOE_INTERMEDIATE_SIZE // RANKS
+        assert result.gate_up_scale == (models.EXPERTS, 1, width)
+        assert result.down_scale == (models.EXPERTS, 1, models.HIDDEN_SIZE)
+        assert max(result.errors) < WITHIN_FP8
+        assert result.errors == pytest.approx(alone, rel=1e-3)
