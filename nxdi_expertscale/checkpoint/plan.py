@@ -191,7 +191,7 @@ def quantized_tensors(
     checkpoint: Checkpoint, family: MoEFamily, modules_to_not_convert: Iterable[str]
 ) -> set[str]:
     """Names of the tensors that a plan with these exclusions quantizes; see :func:`make_plan`."""
-    exclusions = effective_exclusions(checkpoint.config, modules_to_not_convert)
+    exclusions = effective_exclusions(checkpoint.config, family, modules_to_not_convert)
     return {
         weight.tensor.name
         for weight in read_weights(checkpoint, family)

@@ -18,6 +18,7 @@ from nxdi_expertscale.activation import FEATURE, Patch, mentions, require, unmet
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError, IncompatibleUpstreamError
 from nxdi_expertscale.families import MoEFamily
 from nxdi_expertscale.patches import seams
+from nxdi_expertscale.patches.config import quantized_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -178,9 +179,12 @@ def put_in_scales(
                 raise _not_as_known(family, f"NxDI makes {key} itself")
             layout = scale if expert_wise else scales.average(scale)
             try:
-                converted[key] = scales.pad(layout, weight.shape[2], len(family.fused[fused]))
+                padded = scales.pad(layout, weight.shape[2], len(family.fused[fused]))
             except ValueError as error:
                 raise _not_as_known(family, f"{key}: {error}") from error
+            converted[key] = padded
+            if getattr(neuron_config, "hybrid_sharding_config", None) is not None:
+                converted[_generation_key(key)] = padded.clone()
 
 
 def _refuse_lost_scales(converted: Mapping[str, torch.Tensor], family: MoEFamily) -> None:
@@ -198,6 +202,12 @@ def _not_as_known(family: MoEFamily, difference: str) -> IncompatibleUpstreamErr
         f"the experts' scales cannot be fused with this NxDI: seam {seams.state_dict(family)!r} "
         f"({family.converter}): {difference}. Install a release that is supported"
     )
+
+
+def _generation_key(key: str) -> str:
+    # Hybrid sharding has a second set of a layer's experts, cut otherwise, for token generation.
+    # NxD's preshard hook (modules/moe/expert_mlps_v2.py) copies the weights for it, not the scales.
+    return key.replace(".mlp_op.", ".mlp_op_tkg.")
 
 
 def _warn_of_averaging(layers: Sequence[LayerScales]) -> None:
@@ -253,17 +263,11 @@ def _check_against_config(
 
 
 def _check_dtype(key: str, weight: torch.Tensor, neuron_config: Any) -> None:
-    wanted = getattr(neuron_config, "quantization_dtype", None)
-    if wanted is None:
-        return
-    from neuronx_distributed.quantization.quantization_config import QuantizedDtype
-
-    dtype = QuantizedDtype.get_dtype(wanted) if isinstance(wanted, str) else wanted
-    dtype = getattr(dtype, "value", dtype)
-    if weight.dtype != dtype:
+    dtype = quantized_dtype(neuron_config)
+    if dtype is not None and weight.dtype != dtype:
         raise ConfigurationError(
-            f"{key}: its dtype is {weight.dtype}, it has a scale, and "
-            f"quantization_dtype={wanted!r} makes NxDI read it as {dtype}; set "
+            f"{key}: its dtype is {weight.dtype}, it has a scale, and quantization_dtype="
+            f"{neuron_config.quantization_dtype!r} makes NxDI read it as {dtype}; set "
             "quantization_dtype='f8e4m3' for an FP8 checkpoint"
         )
 
