@@ -174,9 +174,10 @@ def {CONVERTER}(neuron_state_dict, config):
             continue
         for name, parts in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
             scale = torch.stack([
-                torch.cat(
-                    [neuron_state_dict.pop(f"{{experts}}.{{e}}.{{part}}_proj.scale") for part in parts]
-                ).T
+                torch.cat([
+                    neuron_state_dict.pop(f"{{experts}}.{{e}}.{{part}}_proj.scale")
+                    for part in parts
+                ]).T
                 for e in range(config.num_experts)
             ])
             if not FLAG:
@@ -195,9 +196,8 @@ _gate_then_up = {CONVERTER}
 def {CONVERTER}(neuron_state_dict, config):
     for layer in range(config.num_hidden_layers):
         for e in range(config.num_experts):
-            gate, up = (
-                f"layers.{{layer}}.mlp.experts.{{e}}.{{name}}_proj.weight" for name in ("gate", "up")
-            )
+            expert = f"layers.{{layer}}.mlp.experts.{{e}}"
+            gate, up = f"{{expert}}.gate_proj.weight", f"{{expert}}.up_proj.weight"
             neuron_state_dict[gate], neuron_state_dict[up] = (
                 neuron_state_dict[up], neuron_state_dict[gate]
             )
@@ -322,13 +322,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         },
     ),
     Mutation(
-        "convert called for each part of the model",
+        "convert given the model within another module",
         "quantization",
         edits={
             MODEL_WRAPPER: [
                 (
                     r"for model in (models\w*):",
-                    r"for model in [part for whole in \1 for part in whole.children()]:",
+                    r"for model in [torch.nn.ModuleList([whole]) for whole in \1]:",
                 ),
                 (r"\(model\.config\.neuron_config\)", "(self.config.neuron_config)"),
             ]
@@ -443,7 +443,7 @@ MUTATIONS: tuple[Mutation, ...] = (
             APPLICATION: [
                 (
                     r"(?m)^( +)(\w+) = cls\.convert_hf_to_neuron_state_dict\(\2,",
-                    r"\1\2 = {n.replace('.experts.', '.each.'): v for n, v in \2.items()}\n\g<0>",
+                    r"\1\2 = {k.replace('.experts.', '.each.'): \2[k] for k in \2}\n\g<0>",
                 )
             ],
             QWEN3_MOE: [(r"\.experts\.", ".each.")],
@@ -457,7 +457,7 @@ MUTATIONS: tuple[Mutation, ...] = (
             APPLICATION: [
                 (
                     r"(?m)^( +)(\w+) = cls\.convert_hf_to_neuron_state_dict\(\2,",
-                    r"\1\2 = {n.replace('.mlp.gate.', '.mlp.way.'): v for n, v in \2.items()}\n\g<0>",
+                    r"\1\2 = {k.replace('.mlp.gate.', '.mlp.way.'): \2[k] for k in \2}\n\g<0>",
                 )
             ],
             QWEN3_MOE: [(r"\.mlp\.gate\.", ".mlp.way.")],
