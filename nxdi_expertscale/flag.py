@@ -74,10 +74,7 @@ def check_neuron_config(neuron_config: Any) -> None:
     Raises:
         ConfigurationError: The flag is on together with another quantization type.
     """
-    if not is_on(neuron_config):
-        return
-    if not is_quantized(neuron_config):
-        _logger.warning("%s has no effect: the model is not quantized (quantized=False)", NAME)
+    if not is_on(neuron_config) or not is_quantized(neuron_config):
         return
     found = quantization_type(neuron_config)
     if found != PER_CHANNEL:
@@ -85,6 +82,12 @@ def check_neuron_config(neuron_config: Any) -> None:
             f"{NAME}=True needs quantization_type={PER_CHANNEL!r}, not {found!r}: the experts "
             "then get one scale per expert, everything else stays per-channel"
         )
+
+
+def warn_if_without_effect(neuron_config: Any) -> None:
+    """Say so where the flag is on and the model is not quantized."""
+    if is_on(neuron_config) and not is_quantized(neuron_config):
+        _logger.warning("%s has no effect: the model is not quantized (quantized=False)", NAME)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from nxdi_expertscale.checkpoint import digests
 from nxdi_expertscale.checkpoint.manifest import Manifest, SourceRecord, normalized, read_manifest
@@ -52,26 +52,23 @@ def source_records(
     )
 
 
-def digest_tensors(source: Checkpoint, workers: int | None = None) -> dict[str, str]:
+def digest_tensor(reader: TensorReader, tensor: StoredTensor) -> str:
+    """Digest of a tensor's bytes, piece by piece, in hexadecimal."""
+    return digests.combine(
+        digests.digest(reader.read_rows(tensor, rows)) for rows in row_ranges(tensor.shape)
+    ).hex()
+
+
+def digest_tensors(source: Checkpoint) -> dict[str, str]:
     """Digest of each tensor of a checkpoint, in hexadecimal, by name."""
-    pieces: dict[str, list[bytes]] = {
-        name: [b""] * sum(1 for _ in row_ranges(tensor.shape))
-        for name, tensor in source.tensors.items()
-    }
-
-    def each() -> Iterator[tuple[StoredTensor, int, range]]:
-        for tensor in source.tensors.values():
-            for number, rows in enumerate(row_ranges(tensor.shape)):
-                yield tensor, number, rows
-
+    found: dict[str, str] = {}
     with TensorReader(source) as reader:
 
-        def work(item: tuple[StoredTensor, int, range]) -> None:
-            tensor, number, rows = item
-            pieces[tensor.name][number] = digests.digest(reader.read_rows(tensor, rows))
+        def work(tensor: StoredTensor) -> None:
+            found[tensor.name] = digest_tensor(reader, tensor)
 
-        for_each(work, each(), workers or available_cores())
-    return {name: digests.combine(found).hex() for name, found in pieces.items()}
+        for_each(work, iter(source.tensors.values()), available_cores())
+    return found
 
 
 def mismatch(

@@ -22,6 +22,7 @@ from nxdi_expertscale.checkpoint.manifest import SourceRecord, file_record
 from nxdi_expertscale.checkpoint.parallel import Meter, for_each
 from nxdi_expertscale.checkpoint.pieces import row_ranges
 from nxdi_expertscale.checkpoint.plan import PlannedTensor, ShardPlan, Treatment
+from nxdi_expertscale.checkpoint.provenance import digest_tensor
 from nxdi_expertscale.checkpoint.source import Checkpoint, TensorReader
 from nxdi_expertscale.checkpoint.staging import ShardRecord, Staging
 from nxdi_expertscale.checkpoint.values import TORCH_DTYPES, ValueReader, as_bytes
@@ -70,8 +71,11 @@ def write_shards(
         finished: list[Future[ShardRecord]] = []
 
         def work(piece: _Piece) -> None:
-            nbytes = _write_piece(piece, values)
-            meter.add(nbytes)
+            scale = piece.planned.weight.scale
+            if scale is not None and piece.number == 0:
+                digest = digest_tensor(reader, scale.tensor)
+                piece.shard.scale_digests[scale.tensor.name] = digest
+            meter.add(_write_piece(piece, values))
             if piece.shard.piece_done():
                 # Waiting for the disk is left to a thread that does nothing else.
                 finished.append(finisher.submit(piece.shard.finish))
@@ -105,6 +109,7 @@ class _OpenShard:
     def __init__(self, plan: ShardPlan, fingerprint: str, staging: Staging) -> None:
         self.plan = plan
         self.digests: dict[str, list[bytes]] = {}
+        self.scale_digests: dict[str, str] = {}
         self._fingerprint = fingerprint
         self._staging = staging
         self._path = staging.path(plan.name)
@@ -140,7 +145,8 @@ class _OpenShard:
             file=file_record(self._path),
             source_digests={
                 name: digests.combine(pieces).hex() for name, pieces in self.digests.items()
-            },
+            }
+            | self.scale_digests,
         )
         self._staging.finish(record)
         return record

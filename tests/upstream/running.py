@@ -34,7 +34,13 @@ FP8: dict[str, Any] = {
 ROUTER = "mlp.gate"
 """What has to be in ``modules_to_not_convert``, or the router is quantized too."""
 
-_NOT_IN_CHECKPOINTS = ("kv_mgr.", ".rank_util.rank")
+_NOT_IN_CHECKPOINTS = (
+    "kv_mgr.",
+    # The ranks of attention, which releases before 0.7 do not write.
+    ".rank_util.rank",
+    # A quantized weight's second name in ahead-of-time mode; the same parameter.
+    ".master_weight",
+)
 
 
 def inference_config(checkpoint: Path, **settings: Any) -> Any:
