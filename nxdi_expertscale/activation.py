@@ -10,7 +10,7 @@ import enum
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType, ModuleType
 from typing import Any
@@ -38,8 +38,6 @@ class Patch:
         misfit: Says why the seam of this module is not the one that the patch knows, or None
             where it fits. That the attribute exists and can be called is checked before.
         native: Whether this upstream has the feature at this seam already.
-        guard: Whether the patch only watches over another one. A guard that does not fit is
-            reported, and takes nothing away from users of the feature.
     """
 
     seam: str
@@ -48,7 +46,6 @@ class Patch:
     wrapper: Wrapper
     misfit: Callable[[ModuleType], str | None] = lambda _module: None
     native: Callable[[ModuleType], bool] = lambda _module: False
-    guard: bool = False
 
 
 class State(str, enum.Enum):
@@ -269,11 +266,17 @@ def plugin_problems() -> tuple[str, ...]:
     return _activation.problems
 
 
-def unmet(seams: Iterable[str]) -> str | None:
+def unmet(seams: Sequence[str], *, load: bool = False) -> str | None:
     """Say which of these seams does not hold and why, or None where none is known not to.
 
-    A seam whose module nobody has imported yet may still hold.
+    Args:
+        seams: Their names.
+        load: Import the modules that are not imported yet. Whoever has a model's config is about
+            to import them anyway, and a module that is not there must be found before anything
+            is compiled.
     """
+    if load:
+        _activation.load(seams)
     statuses = {seam.seam: seam for seam in status()}
     for name in seams:
         seam = statuses.get(name)
@@ -290,20 +293,12 @@ def unmet(seams: Iterable[str]) -> str | None:
 
 
 def require(seams: Sequence[str], *, load: bool = False) -> None:
-    """Make sure that these seams hold, for someone who uses the feature.
-
-    Args:
-        seams: Their names.
-        load: Import the modules that are not imported yet. Whoever has a model's config is about
-            to import them anyway, and a module that is not there must be found before anything
-            is compiled.
+    """Make sure that these seams hold, for someone who uses the feature; see :func:`unmet`.
 
     Raises:
         IncompatibleUpstreamError: One does not; the message names it and the reason.
     """
-    if load:
-        _activation.load(seams)
-    reason = unmet(seams)
+    reason = unmet(seams, load=load)
     if reason is not None:
         raise IncompatibleUpstreamError(
             f"expert_wise_scale cannot work with this NxDI: {reason}. Turn expert_wise_scale off, "
@@ -312,20 +307,26 @@ def require(seams: Sequence[str], *, load: bool = False) -> None:
 
 
 def mentions(function: Any, name: str) -> bool:
-    """Whether a function's own code uses a name: a variable, an attribute, a key or a parameter.
+    """Whether a function's own code uses a name; see :func:`words`."""
+    return name in words(function)
 
-    Nested functions count. Wrappers around it are looked through.
+
+def words(function: Any) -> frozenset[str]:
+    """What a function's own code names: variables, attributes, parameters and string constants.
+
+    Nested functions count. Wrappers around it are looked through. A text of several words, such
+    as a docstring, names nothing.
     """
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     code = getattr(getattr(function, "__func__", function), "__code__", None)
-    return isinstance(code, CodeType) and _code_mentions(code, name)
+    return frozenset(_words(code) if isinstance(code, CodeType) else ())
 
 
-def _code_mentions(code: CodeType, name: str) -> bool:
-    constants = code.co_consts
-    return (
-        name in (*code.co_names, *code.co_varnames)
-        or name in constants
-        or any(_code_mentions(inner, name) for inner in constants if isinstance(inner, CodeType))
-    )
+def _words(code: CodeType) -> Iterator[str]:
+    yield from (*code.co_names, *code.co_varnames)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _words(constant)
+        elif isinstance(constant, str) and not any(letter.isspace() for letter in constant):
+            yield constant

@@ -187,14 +187,30 @@ def _unused(
             yield exclusion
 
 
-def _planned(
-    weight: Weight, family: MoEFamily, exclusions: Collection[str], full_precision: str
-) -> PlannedTensor:
-    if (
+def quantized_tensors(
+    checkpoint: Checkpoint, family: MoEFamily, modules_to_not_convert: Iterable[str]
+) -> set[str]:
+    """Names of the tensors that a plan with these exclusions quantizes; see :func:`make_plan`."""
+    exclusions = effective_exclusions(checkpoint.config, family, modules_to_not_convert)
+    return {
+        weight.tensor.name
+        for weight in read_weights(checkpoint, family)
+        if _is_to_be_quantized(weight, family, exclusions)
+    }
+
+
+def _is_to_be_quantized(weight: Weight, family: MoEFamily, exclusions: Collection[str]) -> bool:
+    return (
         weight.is_linear
         and not family.is_router_key(weight.tensor.name)
         and not family.excludes(weight.module, exclusions)
-    ):
+    )
+
+
+def _planned(
+    weight: Weight, family: MoEFamily, exclusions: Collection[str], full_precision: str
+) -> PlannedTensor:
+    if _is_to_be_quantized(weight, family, exclusions):
         return PlannedTensor(weight, Treatment.QUANTIZE, FP8)
     if weight.scale is not None:
         return PlannedTensor(weight, Treatment.DEQUANTIZE, full_precision)

@@ -138,7 +138,7 @@ def checked_file(folder: Path, name: str) -> Path:
         )
     if not stat.S_ISREG(target.stat().st_mode):
         raise CheckpointError(f"{path}: is not a regular file; put the file itself there")
-    return target
+    return path
 
 
 def _own_folders(folder: Path) -> Iterator[Path]:

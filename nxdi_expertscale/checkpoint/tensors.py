@@ -35,7 +35,7 @@ BLOCK_SCALE_SUFFIX = "weight_scale_inv"
 """Hugging Face's name of the scales of a weight in FP8 blocks."""
 
 MAX_COLUMNS = 1 << 22
-"""Inputs of a linear layer; more than any model has, and a bound on memory."""
+"""More inputs than any linear layer has; a row is read as a whole, so it bounds memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +188,9 @@ def _with_scale(
     expert = family.parse_expert_key(tensor.name)
     is_linear = _is_linear(tensor, family)
     where = f"{checkpoint.folder / tensor.file}: {tensor.name}"
-    if is_linear and not (0 < tensor.shape[0] < 1 << 31 and 0 < tensor.shape[1] <= MAX_COLUMNS):
+    if 0 in tensor.shape or (is_linear and tensor.shape[1] > MAX_COLUMNS):
         raise CheckpointError(
-            f"{where}: has shape {list(tensor.shape)}, which no linear layer has; download the "
-            "file again"
+            f"{where}: has shape {list(tensor.shape)}, which no weight has; download the file again"
         )
     if tensor.dtype != FP8:
         if scale is not None:

@@ -6,22 +6,23 @@ experts get a pass of their own, and when the model is loaded they are looked at
 
 from __future__ import annotations
 
+import importlib
 import inspect
-import logging
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from nxdi_expertscale import flag
-from nxdi_expertscale.activation import FEATURE, Patch, mentions, require
+from nxdi_expertscale.activation import FEATURE, Patch, mentions, require, unmet
 from nxdi_expertscale.errors import ConfigurationError, IncompatibleUpstreamError
 from nxdi_expertscale.families import MoEFamily
 from nxdi_expertscale.patches import config, seams
 
 MODULE = "neuronx_distributed_inference.models.model_wrapper"
 
-_logger = logging.getLogger("nxdi_expertscale")
-
+_PARAMETERS = ("q_config", "inplace", "mapping", "include", "modules_to_not_convert")
+_EXPERT_WISE_SETTINGS = "get_default_expert_wise_per_channel_custom_qconfig_dict"
 _CARRIED_OVER = ("quantized_dtype", "activation_quantization_type", "clamp_bound")
 
 
@@ -41,6 +42,7 @@ def patches(families: Sequence[MoEFamily]) -> list[Patch]:
             module=MODULE,
             attribute="DecoderModelInstance.load_module",
             wrapper=_loading(families),
+            native=_is_native,
         ),
     ]
 
@@ -51,61 +53,83 @@ def _is_native(module: ModuleType) -> bool:
 
 
 def _convert_misfit(module: ModuleType) -> str | None:
-    try:
-        inspect.signature(module.convert).bind(
-            None, q_config=None, inplace=True, mapping=None, modules_to_not_convert=None
-        )
-        inspect.signature(module.convert).bind(None, q_config=None, include=None)
-    except TypeError as error:
-        return f"convert is not called as NxD's is: {error}"
+    parameters = inspect.signature(module.convert).parameters
+    missing = [name for name in _PARAMETERS if name not in parameters]
+    if missing:
+        return f"convert has no parameter {missing[0]!r}"
     instance = getattr(module, "DecoderModelInstance", None)
     if not mentions(getattr(instance, "load_module", None), "convert"):
         return "DecoderModelInstance.load_module does not call convert"
+    if not hasattr(quantization_config(), _EXPERT_WISE_SETTINGS):
+        return f"NxD has no {_EXPERT_WISE_SETTINGS}"
     return None
+
+
+def quantization_config() -> ModuleType:
+    """NxD's module of quantization settings."""
+    return importlib.import_module("neuronx_distributed.quantization.quantization_config")
 
 
 def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
     def convert(
         wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-        model = call["module"]
-        experts = expert_layers(model)
-        # A call with an include list is not the one that NxDI makes.
-        if not experts or call.get("include") is not None:
+        call = inspect.signature(wrapped).bind(*args, **kwargs)
+        model = call.args[0]
+        experts = [
+            name for name, layer in expert_layers(model).items() if not _quantization_type(layer)
+        ]
+        neuron_config = getattr(getattr(model, "config", None), "neuron_config", None)
+        # NxDI gives its settings, and never an include list.
+        is_nxdis = (
+            call.arguments.get("include") is None and call.arguments.get("q_config") is not None
+        )
+        if not experts or neuron_config is None or not is_nxdis:
             return wrapped(*args, **kwargs)
-        neuron_config = model.config.neuron_config
-        family = _family_of(model, experts, families)
+        family = flag.family_of_model(model.config, families)
         if family is None:
             _refuse_unknown_family(neuron_config, model)
             return wrapped(*args, **kwargs)
-        excluded = list(call.get("modules_to_not_convert") or ())
+        strange = [name for name in experts if family.layer_of_module(name) is None]
+        if flag.is_on(neuron_config):
+            require(seams.needed_by_model(family), load=True)
+            if strange:
+                raise _not_as_known(f"{strange[0]} is not one of {family.expert_mlps}")
+        elif strange or unmet(seams.needed_by_model(family), load=True) is not None:
+            return wrapped(*args, **kwargs)
+        _check_dtype(neuron_config, call.arguments["q_config"])
+        excluded = list(call.arguments.get("modules_to_not_convert") or ())
         kept = _kept_in_full_precision(experts, excluded, family)
         skipped = [*excluded, *_all_paths(model, kept), *family.full_precision]
         if not flag.is_on(neuron_config):
-            return wrapped(**{**call, "modules_to_not_convert": skipped or None})
+            return _call(wrapped, call, modules_to_not_convert=skipped or None)
         quantized = _all_paths(model, [name for name in experts if name not in kept])
         return _convert_in_two_passes(wrapped, call, skipped, quantized)
 
     return convert
 
 
+def _call(wrapped: Callable[..., Any], call: inspect.BoundArguments, **changes: Any) -> Any:
+    """Call a function with the arguments of another call, but for some."""
+    changed = inspect.BoundArguments(call.signature, OrderedDict(call.arguments, **changes))
+    return wrapped(*changed.args, **changed.kwargs)
+
+
 def _convert_in_two_passes(
     wrapped: Callable[..., Any],
-    call: dict[str, Any],
+    call: inspect.BoundArguments,
     skipped: Sequence[str],
     quantized: Sequence[str],
 ) -> Any:
     """Convert everything but the experts as upstream asks, then the experts expert-wise."""
-    q_config = call["q_config"]
-    model = wrapped(**{**call, "modules_to_not_convert": [*skipped, *quantized]})
+    model = _call(wrapped, call, modules_to_not_convert=[*skipped, *quantized])
     if not quantized:
         return model
     return wrapped(
         model,
-        q_config=expert_wise_q_config(q_config),
+        q_config=expert_wise_q_config(call.arguments["q_config"]),
         inplace=True,
-        mapping=call.get("mapping"),
+        mapping=call.arguments.get("mapping"),
         include=list(quantized),
     )
 
@@ -116,28 +140,24 @@ def expert_wise_q_config(q_config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigurationError: The settings for the rest are not per-channel.
     """
-    from neuronx_distributed.quantization.quantization_config import (
-        get_default_expert_wise_per_channel_custom_qconfig_dict,
-    )
-
-    found = q_config["quantization_type"].value
+    found = q_config.get("quantization_type")
+    found = getattr(found, "value", found)
     if found != flag.PER_CHANNEL:
         raise ConfigurationError(
             f"{flag.NAME}=True needs quantization_type={flag.PER_CHANNEL!r}, not {found!r}"
         )
     carried = {name: q_config[name] for name in _CARRIED_OVER if name in q_config}
-    return {**get_default_expert_wise_per_channel_custom_qconfig_dict(), **carried}
+    return {**getattr(quantization_config(), _EXPERT_WISE_SETTINGS)(), **carried}
 
 
-def expert_layers(model: Any) -> list[str]:
-    """Dotted paths of a model's fused expert layers that are not quantized yet."""
-    from neuronx_distributed.modules.moe.moe_parallel_layers import ExpertFusedLinear
-
-    return [
-        name
+def expert_layers(model: Any) -> dict[str, Any]:
+    """A model's fused expert layers, quantized or not, by their dotted paths."""
+    return {
+        name: module
         for name, module in model.named_modules()
-        if isinstance(module, ExpertFusedLinear) and not hasattr(module, "quantization_type")
-    ]
+        # By its name, wherever this release keeps it.
+        if any(parent.__name__ == "ExpertFusedLinear" for parent in type(module).__mro__)
+    }
 
 
 def _all_paths(model: Any, names: Sequence[str]) -> list[str]:
@@ -151,6 +171,24 @@ def _all_paths(model: Any, names: Sequence[str]) -> list[str]:
     return [name for name, module in modules if id(module) in wanted]
 
 
+def _check_dtype(neuron_config: Any, q_config: dict[str, Any]) -> None:
+    """Make sure that NxDI makes layers of the dtype that the config names.
+
+    Up to 0.6 its ``load_module`` knows ``f8e4m3`` alone, and takes int8 for every other name.
+
+    Raises:
+        ConfigurationError: It does not: the weights would be cast without their scales.
+    """
+    wanted = config.quantized_dtype(neuron_config)
+    found = q_config["quantized_dtype"]
+    found = getattr(found, "value", found)
+    if wanted is not None and wanted != found:
+        raise ConfigurationError(
+            f"quantization_dtype={neuron_config.quantization_dtype!r}: this release of NxDI makes "
+            f"{found} layers of it; use quantization_dtype='f8e4m3' or 'int8'"
+        )
+
+
 def _kept_in_full_precision(
     experts: Sequence[str], excluded: Sequence[str], family: MoEFamily
 ) -> list[str]:
@@ -161,15 +199,6 @@ def _kept_in_full_precision(
 def _is_excluded(name: str, excluded: Sequence[str], family: MoEFamily) -> bool:
     layer = family.layer_of_module(name)
     return layer is not None and family.excludes_experts(layer, excluded)
-
-
-def _family_of(
-    model: Any, experts: Sequence[str], families: Sequence[MoEFamily]
-) -> MoEFamily | None:
-    family = flag.family_of_model(model.config, families)
-    if family is None or any(family.layer_of_module(name) is None for name in experts):
-        return None
-    return family
 
 
 def _refuse_unknown_family(neuron_config: Any, model: Any) -> None:
@@ -196,9 +225,10 @@ def _loading(families: Sequence[MoEFamily]) -> Callable[..., Any]:
 
 
 def _models_of(instance: Any) -> list[Any]:
-    if instance.neuron_config.enable_fused_speculation:
-        return [instance.module.draft_model, instance.module.target_model]
-    return [instance.module]
+    """The model that was loaded, or the draft and the target of fused speculation."""
+    loaded = getattr(instance, "module", None)
+    pair = [getattr(loaded, name, None) for name in ("draft_model", "target_model")]
+    return [model for model in pair if model is not None] or [loaded]
 
 
 def _check_loaded(model: Any, families: Sequence[MoEFamily]) -> None:
@@ -208,31 +238,66 @@ def _check_loaded(model: Any, families: Sequence[MoEFamily]) -> None:
         ConfigurationError: An exclusion reaches the module by chance, and not the checkpoint.
         IncompatibleUpstreamError: NxDI did not convert them through the seam that is patched.
     """
-    from neuronx_distributed.modules.moe.moe_parallel_layers import ExpertFusedLinear
-
-    neuron_config = model.config.neuron_config
-    family = flag.family_of_model(model.config, families)
+    model_config = getattr(model, "config", None)
+    neuron_config = getattr(model_config, "neuron_config", None)
+    family = flag.family_of_model(model_config, families)
     if not flag.is_quantized(neuron_config) or family is None:
         return
     excluded = flag.exclusions(neuron_config)
-    for name, module in model.named_modules():
-        if not isinstance(module, ExpertFusedLinear):
-            continue
-        found = getattr(getattr(module, "quantization_type", None), "value", None)
-        if _is_excluded(name, excluded, family):
-            expected = None
-        else:
-            expected = flag.EXPERT_WISE if flag.is_on(neuron_config) else found or "quantized"
-        if found == expected:
-            continue
-        if flag.is_on(neuron_config):
-            require([seams.QUANTIZATION])
-            raise IncompatibleUpstreamError(
-                f"{flag.NAME}=True, and NxDI made {name} {found or 'unquantized'}: this release "
-                "does not quantize through the function that is patched"
+    layers = expert_layers(model)
+    if flag.is_on(neuron_config):
+        _check_expert_wise(layers, excluded, family)
+    elif unmet(seams.needed_by_model(family)) is None:
+        _check_exclusions(layers, excluded, family)
+
+
+def _check_exclusions(
+    layers: Mapping[str, Any], excluded: Sequence[str], family: MoEFamily
+) -> None:
+    for name, layer in layers.items():
+        if not _quantization_type(layer) and not _is_excluded(name, excluded, family):
+            raise ConfigurationError(
+                f"modules_to_not_convert: NxDI left {name} unquantized, because one of "
+                f"{list(excluded)} is a part of its name, and its weights in the checkpoint are "
+                "not excluded; name the modules more fully"
             )
-        raise ConfigurationError(
-            f"modules_to_not_convert: NxDI left {name} unquantized, because one of "
-            f"{list(excluded)} is a part of its name, and its weights in the checkpoint are not "
-            "excluded; name the modules more fully"
-        )
+
+
+def _check_expert_wise(
+    layers: Mapping[str, Any], excluded: Sequence[str], family: MoEFamily
+) -> None:
+    for name, layer in layers.items():
+        found = _quantization_type(layer)
+        wanted = "" if _is_excluded(name, excluded, family) else flag.EXPERT_WISE
+        if found != wanted:
+            raise _not_as_known(
+                f"{name} is {found or 'not quantized'}, and {wanted or 'full precision'} was "
+                "asked for; it was not converted through the function that is patched"
+            )
+        scale = getattr(layer, "scale", None)
+        shape = tuple(getattr(scale, "shape", ()))
+        if wanted and (len(shape) != 3 or shape[:2] != (layer.weight.shape[0], 1)):
+            raise _not_as_known(f"{name} has no scale of shape [E, 1, dim], but {shape or scale}")
+    numbers = (family.layer_of_module(name) for name in layers)
+    expected = [
+        family.fused_key(number, fused).removesuffix(".weight")
+        for number in numbers
+        if number is not None
+        for fused in family.fused
+    ]
+    missing = [name for name in expected or ["the experts of any layer"] if name not in layers]
+    if missing:
+        raise _not_as_known(f"the model has no module for {missing[0]}, but {list(layers)[:2]}")
+
+
+def _not_as_known(difference: str) -> IncompatibleUpstreamError:
+    return IncompatibleUpstreamError(
+        f"{flag.NAME}=True cannot work with this NxDI: seam {seams.QUANTIZATION!r}: {difference}. "
+        f"Turn {flag.NAME} off, or install a release that is supported"
+    )
+
+
+def _quantization_type(layer: Any) -> str:
+    """The type that a layer is quantized in; empty if it is not quantized."""
+    found = getattr(layer, "quantization_type", "")
+    return str(getattr(found, "value", found))

@@ -7,8 +7,11 @@ from nxdi_expertscale.families import MoEFamily
 CONFIG = "config"
 INFERENCE_CONFIG = "inference_config"
 FLAG_GUARD = "flag_guard"
+CONFIG_TO_JSON = "config_to_json"
+CONFIG_FROM_JSON = "config_from_json"
 QUANTIZATION = "quantization"
 LOAD_MODULE = "load_module"
+SAVE_QUANTIZED = "save_quantized"
 INFERENCE_DEMO = "inference_demo"
 
 
@@ -18,8 +21,19 @@ def state_dict(family: MoEFamily) -> str:
 
 
 def needed_by_config() -> tuple[str, ...]:
-    """The seams that every model needs."""
-    return (CONFIG, INFERENCE_CONFIG, QUANTIZATION, LOAD_MODULE)
+    """The seams that every model needs.
+
+    Not among them: ``save_quantized``, without which NxDI makes the checkpoint itself, one that
+    loads as well; and ``inference_demo``, which is one way to set the flag.
+    """
+    return (
+        CONFIG,
+        INFERENCE_CONFIG,
+        CONFIG_TO_JSON,
+        CONFIG_FROM_JSON,
+        QUANTIZATION,
+        LOAD_MODULE,
+    )
 
 
 def needed_by_model(family: MoEFamily) -> tuple[str, ...]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from nxdi_expertscale import flag
-from nxdi_expertscale.activation import FEATURE, Patch, mentions, require
+from nxdi_expertscale.activation import FEATURE, Patch, mentions, require, unmet, words
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError, IncompatibleUpstreamError
 from nxdi_expertscale.families import MoEFamily
 from nxdi_expertscale.patches import seams
+from nxdi_expertscale.patches.config import quantized_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -48,10 +49,10 @@ def _patch(family: MoEFamily) -> Patch:
 
 
 def _misfit(module: ModuleType, converter: str) -> str | None:
-    try:
-        inspect.signature(attrgetter(converter)(module)).bind({}, None)
-    except TypeError as error:
-        return f"{converter} is not called with (state dict, config): {error}"
+    function = attrgetter(converter)(module)
+    parameters = list(inspect.signature(function).parameters)
+    if "state_dict" not in parameters[0] or parameters[1:2] not in (["config"], ["cfg"]):
+        return f"{converter} is not called with (state dict, config), but with {parameters}"
     if converter.endswith(f".{_ENTRANCE}"):
         return None
     callers = [
@@ -61,8 +62,12 @@ def _misfit(module: ModuleType, converter: str) -> str | None:
         for method in (owner.__dict__.get(_ENTRANCE),)
         if method is not None
     ]
-    if not any(mentions(caller, converter) for caller in callers):
-        return f"no {_ENTRANCE} of {module.__name__} calls {converter}"
+    if not callers or not all(mentions(caller, converter) for caller in callers):
+        return f"{_ENTRANCE} of {module.__name__} does not call {converter}"
+    for part in (function, *callers):
+        scales = sorted(word for word in words(part) if "scale" in word)
+        if scales:
+            return f"{part.__qualname__} treats scales itself ({scales[0]!r})"
     return None
 
 
@@ -73,19 +78,25 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> dict[str, torch.Tensor]:
-        bound = inspect.signature(wrapped).bind(*args, **kwargs)
-        state_dict, config = bound.arguments.values()
-        neuron_config = config.neuron_config
+        state_dict, config, *_rest = inspect.signature(wrapped).bind(*args, **kwargs).args
+        neuron_config = getattr(config, "neuron_config", None)
         if not flag.is_quantized(neuron_config):
             return wrapped(*args, **kwargs)
         if flag.is_on(neuron_config):
             flag.check_neuron_config(neuron_config)
-            require(seams.needed_by_model(family))
+            require(seams.needed_by_model(family), load=True)
+        else:
+            reason = unmet(seams.needed_by_model(family), load=True)
+            if reason is not None:
+                _logger.warning("the experts' scales are left to NxDI: %s", reason)
+                return wrapped(*args, **kwargs)
         layers = take_out_scales(state_dict, config, family)
         if family.converter_reads_stacked:
             stack_experts(state_dict, config, family)
         converted = wrapped(*args, **kwargs)
         put_in_scales(converted, layers, neuron_config, family)
+        if layers or flag.is_on(neuron_config):
+            _refuse_lost_scales(converted, family)
         return converted
 
     return convert
@@ -106,10 +117,8 @@ def take_out_scales(
 
     experts = family.experts_of(config)
     if experts is None:
-        raise ConfigurationError(
-            f"the config of a {family.name} model has none of {', '.join(family.num_experts)}"
-        )
-    check_range = _range_is_unchecked(config.neuron_config)
+        raise _not_as_known(family, f"its config has none of {', '.join(family.num_experts)}")
+    check_range = not _is_vouched_for(state_dict, config.neuron_config)
     found = [
         expert_scales.collect(state_dict, family, layer, experts, check_range=check_range)
         for layer in range(config.num_hidden_layers)
@@ -161,15 +170,48 @@ def put_in_scales(
             key = family.fused_key(layer.layer, fused, "scale")
             if weight is None or weight.dim() != 3 or weight.shape[0] != scale.shape[0]:
                 shape = None if weight is None else list(weight.shape)
-                raise IncompatibleUpstreamError(
-                    f"{key}: NxDI gave a fused weight of shape {shape}, where "
-                    f"[{scale.shape[0]}, in, out] was expected; this release is not supported"
+                raise _not_as_known(
+                    family,
+                    f"{key} belongs to a fused weight of shape {shape}, where "
+                    f"[{scale.shape[0]}, in, out] was expected",
                 )
+            if not layer.describe(fused, weight):
+                raise _not_as_known(
+                    family, f"{key} belongs to a weight that is not fused as it is known to be"
+                )
+            if key in converted:
+                raise _not_as_known(family, f"NxDI makes {key} itself")
             layout = scale if expert_wise else scales.average(scale)
             try:
-                converted[key] = scales.pad(layout, weight.shape[2], len(family.fused[fused]))
+                padded = scales.pad(layout, weight.shape[2], len(family.fused[fused]))
             except ValueError as error:
-                raise IncompatibleUpstreamError(f"{key}: {error}") from error
+                raise _not_as_known(family, f"{key}: {error}") from error
+            converted[key] = padded
+            if getattr(neuron_config, "hybrid_sharding_config", None) is not None:
+                converted[_generation_key(key)] = padded.clone()
+
+
+def _refuse_lost_scales(converted: Mapping[str, torch.Tensor], family: MoEFamily) -> None:
+    """Make sure that no quantized weight has lost its scale, without which it means nothing."""
+    from nxdi_expertscale import fp8
+
+    for key, weight in converted.items():
+        path, _, suffix = key.rpartition(".")
+        if suffix == "weight" and fp8.is_quantized(weight) and f"{path}.scale" not in converted:
+            raise _not_as_known(family, f"{key} is {weight.dtype} and has no scale")
+
+
+def _not_as_known(family: MoEFamily, difference: str) -> IncompatibleUpstreamError:
+    return IncompatibleUpstreamError(
+        f"the experts' scales cannot be fused with this NxDI: seam {seams.state_dict(family)!r} "
+        f"({family.converter}): {difference}. Install a release that is supported"
+    )
+
+
+def _generation_key(key: str) -> str:
+    # Hybrid sharding has a second set of a layer's experts, cut otherwise, for token generation.
+    # NxD's preshard hook (modules/moe/expert_mlps_v2.py) copies the weights for it, not the scales.
+    return key.replace(".mlp_op.", ".mlp_op_tkg.")
 
 
 def _warn_of_averaging(layers: Sequence[LayerScales]) -> None:
@@ -225,17 +267,11 @@ def _check_against_config(
 
 
 def _check_dtype(key: str, weight: torch.Tensor, neuron_config: Any) -> None:
-    wanted = getattr(neuron_config, "quantization_dtype", None)
-    if wanted is None:
-        return
-    from neuronx_distributed.quantization.quantization_config import QuantizedDtype
-
-    dtype = QuantizedDtype.get_dtype(wanted) if isinstance(wanted, str) else wanted
-    dtype = getattr(dtype, "value", dtype)
-    if weight.dtype != dtype:
+    dtype = quantized_dtype(neuron_config)
+    if dtype is not None and weight.dtype != dtype:
         raise ConfigurationError(
-            f"{key}: its dtype is {weight.dtype}, it has a scale, and "
-            f"quantization_dtype={wanted!r} makes NxDI read it as {dtype}; set "
+            f"{key}: its dtype is {weight.dtype}, it has a scale, and quantization_dtype="
+            f"{neuron_config.quantization_dtype!r} makes NxDI read it as {dtype}; set "
             "quantization_dtype='f8e4m3' for an FP8 checkpoint"
         )
 
@@ -279,5 +315,27 @@ def _scale_name(weight_key: str) -> str:
     return weight_key.removesuffix("weight") + "scale"
 
 
-def _range_is_unchecked(_neuron_config: Any) -> bool:
-    return True
+def _is_vouched_for(state_dict: Mapping[str, torch.Tensor], neuron_config: Any) -> bool:
+    """Whether a state dict is that of a finished folder of ours, whose weights are in range.
+
+    The state dict of a draft is converted with the same settings, and comes from another folder:
+    the names have to be those of the manifest's folder.
+    """
+    from nxdi_expertscale.checkpoint.manifest import is_untouched, tensor_names
+
+    folder = getattr(neuron_config, "quantized_checkpoints_path", None)
+    if not folder:
+        return False
+    try:
+        names = tensor_names(folder) if is_untouched(folder) else None
+    except CheckpointError as error:
+        _logger.warning("the range of every weight is checked: %s", error)
+        return False
+    return names is not None and all(_name_in_state_dict(name) in state_dict for name in names)
+
+
+def _name_in_state_dict(name: str) -> str:
+    # Upstream: application_base.py, get_state_dict.
+    name = name.removeprefix("model.")
+    is_scale = name.endswith(".weight_scale")
+    return name.removesuffix("weight_scale") + "scale" if is_scale else name

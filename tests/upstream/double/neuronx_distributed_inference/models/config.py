@@ -29,6 +29,7 @@ _DEFAULTS: dict[str, Any] = {
     "is_continuous_batching": False,
     "async_mode": False,
     "enable_bucketing": False,
+    "context_encoding_buckets": None,
     "quantized": False,
     "quantized_checkpoints_path": None,
     "quantization_type": "per_tensor_symmetric",
