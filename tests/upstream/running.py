@@ -40,6 +40,8 @@ _NOT_IN_CHECKPOINTS = (
     ".rank_util.rank",
     # A quantized weight's second name in ahead-of-time mode; the same parameter.
     ".master_weight",
+    # A second path to what is there already.
+    ".moe_fused_tkg.",
 )
 
 
