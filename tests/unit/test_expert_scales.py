@@ -30,7 +30,7 @@ def layer_of(family: MoEFamily, layer: int = 0) -> StateDict:
 
 
 def collect(tensors: StateDict, family: MoEFamily = QWEN3_MOE) -> expert_scales.LayerScales:
-    found = expert_scales.collect(tensors, family, 0, EXPERTS)
+    found = expert_scales.collect(tensors, family, 0, EXPERTS, check_range=True)
     assert found is not None
     return found
 
