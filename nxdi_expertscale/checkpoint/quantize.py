@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +107,7 @@ def quantize_checkpoint(
     _check_destination(source, destination, overwrite)
     _check_space(plan, destination)
     meter = Meter(sum(shard.source_bytes for shard in plan.shards), progress)
-    with Staging(destination) as staging:
+    with _explained(destination), Staging(destination) as staging:
         # What an earlier run had complete and not yet moved is this run's result, if it fits.
         if staging.publish() and (
             mismatch_of(read_manifest(destination), source, modules_to_not_convert) is None
@@ -145,6 +147,20 @@ def quantize_checkpoint(
         modules_to_not_convert=plan.exclusions,
         unused_exclusions=plan.unused_exclusions,
     )
+
+
+@contextmanager
+def _explained(destination: Path) -> Iterator[None]:
+    """Say of a full disk what to do, and which it is: the system names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise CheckpointError(
+            f"{destination}: the disk is full; free some space and run the same again, it goes "
+            "on from the files that are finished"
+        ) from error
 
 
 def _write_companions(staging: Staging, source: Checkpoint, plan: Plan) -> list[str]:
