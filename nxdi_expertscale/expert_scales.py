@@ -49,7 +49,7 @@ class LayerScales:
 
 
 def collect(
-    state_dict: StateDict, family: MoEFamily, layer: int, experts: int
+    state_dict: StateDict, family: MoEFamily, layer: int, experts: int, *, check_range: bool
 ) -> LayerScales | None:
     """Collect and check the scales of a layer's experts. The state dict stays as it is.
 
@@ -58,6 +58,7 @@ def collect(
         family: The names in it.
         layer: The layer's number.
         experts: Number of experts in a layer, by the model's config.
+        check_range: Whether to look at every FP8 weight for values beyond Neuron's range.
 
     Returns:
         None where no expert of the layer has a scale: the layer is in full precision.
@@ -69,7 +70,7 @@ def collect(
     if not _has_scale(state_dict, family, layer, experts):
         _refuse_quantized_without_scale(state_dict, family, layer, experts)
         return None
-    _check_weights(state_dict, family, layer, experts)
+    _check_weights(state_dict, family, layer, experts, check_range=check_range)
     fused: dict[str, torch.Tensor] = {}
     consumed: list[str] = []
     ends: dict[str, dict[int, list[torch.Tensor]]] = {}
@@ -127,7 +128,9 @@ def _refuse_quantized_without_scale(
             )
 
 
-def _check_weights(state_dict: StateDict, family: MoEFamily, layer: int, experts: int) -> None:
+def _check_weights(
+    state_dict: StateDict, family: MoEFamily, layer: int, experts: int, *, check_range: bool
+) -> None:
     beyond = family.expert_key(layer, experts, family.gate)
     if beyond in state_dict:
         raise CheckpointError(
@@ -152,7 +155,7 @@ def _check_weights(state_dict: StateDict, family: MoEFamily, layer: int, experts
                     f"{key}: its shape is {list(weight.shape)}, the layer's other experts say "
                     f"{list(shape)}; {_MAKE_IT_AGAIN}"
                 )
-            if weight.dtype == torch.float8_e4m3fn and fp8.exceeds_range(weight):
+            if check_range and weight.dtype == torch.float8_e4m3fn and fp8.exceeds_range(weight):
                 raise CheckpointError(
                     f"{key}: holds FP8 values beyond ±240, which Neuron reads as infinity or "
                     f"NaN (a checkpoint made for GPUs); {_MAKE_IT_AGAIN}"

@@ -8,10 +8,11 @@ attributes that they have; one that is absent is a feature that this release has
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from nxdi_expertscale import expert_parallel
 from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.families import MoEFamily, why_unsupported
 
@@ -91,95 +92,122 @@ def warn_if_without_effect(neuron_config: Any) -> None:
         _logger.warning("%s has no effect: the model is not quantized (quantized=False)", NAME)
 
 
+@dataclass(frozen=True)
+class Upstream:
+    """What the installed release does with the experts of a family.
+
+    Attributes:
+        reads_moe_settings: Whether it builds them from the neuron config's settings for experts
+            (NxDI's ``modules/moe_v2.py``); otherwise these have no effect (``modules/moe.py``).
+        kernel_cores: Numbers of logical cores for which it runs contexts through a blockwise
+            kernel; none on a CPU.
+    """
+
+    reads_moe_settings: bool
+    kernel_cores: frozenset[int]
+
+
 def check_model(
-    neuron_config: Any, model_config: Any, family: MoEFamily | None, *, on_cpu: bool
+    neuron_config: Any, model_config: Any, family: MoEFamily, upstream: Upstream
 ) -> None:
-    """Check what needs the model as well: its experts, top-k, batch and parallelism.
+    """Check what a quantized model with the flag needs of its experts, batch and parallelism.
+
+    Args:
+        neuron_config: NxDI's ``NeuronConfig``.
+        model_config: NxDI's ``InferenceConfig``, or whatever holds the model's sizes.
+        family: The model's family.
+        upstream: What the installed release does with this family's experts.
+
+    Raises:
+        ConfigurationError: The model could not run; the message says what to set instead.
+    """
+    experts = family.experts_of(model_config)
+    top_k = family.experts_per_token_of(model_config)
+    if getattr(neuron_config, "ep_degree", None) not in (None, 1):
+        raise ConfigurationError(
+            f"{NAME}=True with ep_degree={neuron_config.ep_degree}: no release of NxDI generates "
+            "tokens with it; use moe_ep_degree, where the release has it, or ep_degree=1"
+        )
+    if experts is not None and top_k is not None and upstream.reads_moe_settings:
+        expert_parallel.check(neuron_config, experts, top_k)
+    _check_logical_nc(neuron_config, upstream)
+
+
+def check_shared_scale(
+    neuron_config: Any, model_config: Any, family: MoEFamily | None, *, reads_moe_settings: bool
+) -> None:
+    """Check a model whose experts share a scale: some modes need one for each.
 
     Args:
         neuron_config: NxDI's ``NeuronConfig``.
         model_config: NxDI's ``InferenceConfig``, or whatever holds the model's sizes.
         family: The model's family; None for a dense model, which is left alone.
-        on_cpu: Whether the model runs on a CPU, without NKI kernels.
+        reads_moe_settings: As in :class:`Upstream`.
 
     Raises:
-        ConfigurationError: The model could not run; the message says what to set instead.
+        ConfigurationError: The config asks for expert parallelism, or for fused token generation.
     """
-    if family is None or not is_on(neuron_config) or not is_quantized(neuron_config):
+    if family is None or not is_quantized(neuron_config) or fuses_expert_wise(neuron_config):
         return
-    experts = family.experts_of(model_config)
-    top_k = family.experts_per_token_of(model_config)
-    if experts is not None and top_k is not None:
-        _check_token_generation(neuron_config, experts, top_k)
-    if not on_cpu:
-        _check_logical_nc(neuron_config)
-
-
-def expert_parallel_degree(neuron_config: Any) -> int:
-    """Expert-parallel degree in token generation.
-
-    Hybrid sharding has one of its own for it (``HybridShardingConfig.moe_tkg_ep_degree``).
-    """
-    hybrid = getattr(neuron_config, "hybrid_sharding_config", None)
-    if hybrid is not None:
-        return int(getattr(hybrid, "moe_tkg_ep_degree", 1))
-    return max(
-        int(getattr(neuron_config, "moe_ep_degree", None) or 1),
-        int(getattr(neuron_config, "ep_degree", None) or 1),
-    )
-
-
-def _check_token_generation(neuron_config: Any, experts: int, top_k: int) -> None:
-    # Upstream: neuronx_distributed/modules/moe/expert_mlps_v2.py, forward. Fewer chosen experts
-    # than there are makes it load them selectively, which expert parallelism cannot.
-    degree = expert_parallel_degree(neuron_config)
-    batch = _token_generation_batch(neuron_config)
-    if degree <= 1 or batch * top_k >= experts:
+    excluded = exclusions(neuron_config)
+    layers = range(getattr(model_config, "num_hidden_layers", 0))
+    if all(family.excludes_experts(layer, excluded) for layer in layers):
         return
-    smallest = math.ceil(experts / top_k)
-    raise ConfigurationError(
-        f"{NAME}=True with expert parallelism (degree {degree}): a token-generation batch of "
-        f"{batch} with {top_k} of {experts} experts per token would load experts selectively, "
-        f"which expert parallelism cannot; use a batch_size of at least {smallest}, or "
-        "moe_ep_degree=1"
-    )
+    degree = max(expert_parallel.degrees(neuron_config))
+    if reads_moe_settings and degree > 1:
+        # Upstream: neuronx_distributed/trace/trace.py, shard_children, takes a rank's experts out
+        # of each of a layer's tensors, and this one has one row. It says so after compilation.
+        raise ConfigurationError(
+            f"expert parallelism (degree {degree}): a scale that the experts share cannot be "
+            f"spread over ranks; set {NAME}=True, or moe_ep_degree=1"
+        )
+    if getattr(model_config, "moe_fused_nki_kernel_enabled", False):
+        # Upstream: neuronx_distributed/modules/moe/moe_fused_tkg.py views it as [E, 2, I].
+        raise ConfigurationError(
+            "moe_fused_nki_kernel_enabled=True: the kernel reads one scale per expert, and here "
+            f"the experts share one; set {NAME}=True, or moe_fused_nki_kernel_enabled=False"
+        )
 
 
-def _token_generation_batch(neuron_config: Any) -> int:
-    chunked = getattr(neuron_config, "chunked_prefill_config", None)
-    sequences = getattr(chunked, "max_num_seqs", None)
-    if sequences:
-        return int(sequences)
-    batch = getattr(neuron_config, "tkg_batch_size", None)
-    return int(batch or getattr(neuron_config, "batch_size", None) or 1)
-
-
-def _check_logical_nc(neuron_config: Any) -> None:
-    # Upstream: expert_mlps_v2.py, forward_blockwise, asserts 2 for expert-wise scales.
-    if not _uses_blockwise_kernel(neuron_config):
+def _check_logical_nc(neuron_config: Any, upstream: Upstream) -> None:
+    # Upstream: neuronx_distributed/modules/moe/expert_mlps_v2.py, forward_blockwise, asserts 2
+    # for expert-wise scales.
+    if not _uses_blockwise_kernel(neuron_config, upstream):
         return
-    blockwise = getattr(neuron_config, "blockwise_matmul_config", None)
-    for holder, setting in (
-        (blockwise, "blockwise_matmul_config.logical_nc_config"),
-        (neuron_config, "logical_nc_config"),
-    ):
-        cores = getattr(holder, "logical_nc_config", 2)
+    holders = [(neuron_config, "logical_nc_config")]
+    if upstream.reads_moe_settings:
+        blockwise = getattr(neuron_config, "blockwise_matmul_config", None)
+        holders.insert(0, (blockwise, "blockwise_matmul_config.logical_nc_config"))
+    if _cores(holders[0][0]) not in upstream.kernel_cores:
+        return
+    for holder, setting in holders:
+        cores = _cores(holder)
         if cores != 2:
             raise ConfigurationError(
                 f"{NAME}=True needs {setting}=2, not {cores}: the blockwise kernel knows one "
                 "scale per expert on two logical cores only; set it to 2 (also "
-                "NEURON_LOGICAL_NC_CONFIG, if it is set), or set "
-                'blockwise_matmul_config={"use_torch_block_wise": True}'
+                f"NEURON_LOGICAL_NC_CONFIG, if it is set){_without_kernel(upstream)}"
             )
 
 
-def _uses_blockwise_kernel(neuron_config: Any) -> bool:
+def _cores(holder: Any) -> int:
+    value = getattr(holder, "logical_nc_config", 2)
+    return int(getattr(value, "value", value))
+
+
+def _uses_blockwise_kernel(neuron_config: Any, upstream: Upstream) -> bool:
+    if not getattr(neuron_config, "glu_mlp", True):
+        return False
+    if not upstream.reads_moe_settings:
+        return getattr(neuron_config, "capacity_factor", None) is None
     blockwise = getattr(neuron_config, "blockwise_matmul_config", None)
-    return bool(
-        getattr(neuron_config, "capacity_factor", None) is None
-        and getattr(neuron_config, "glu_mlp", True)
-        and not getattr(blockwise, "use_torch_block_wise", False)
-    )
+    return not getattr(blockwise, "use_torch_block_wise", False)
+
+
+def _without_kernel(upstream: Upstream) -> str:
+    if not upstream.reads_moe_settings:
+        return ""
+    return ', or set blockwise_matmul_config={"use_torch_block_wise": True}'
 
 
 def family_of_model(model_config: Any, families: Sequence[MoEFamily]) -> MoEFamily | None:

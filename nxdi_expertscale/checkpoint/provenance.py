@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from nxdi_expertscale.checkpoint import digests
 from nxdi_expertscale.checkpoint.manifest import Manifest, SourceRecord, normalized, read_manifest
+from nxdi_expertscale.checkpoint.model import open_model
 from nxdi_expertscale.checkpoint.parallel import available_cores, for_each
 from nxdi_expertscale.checkpoint.pieces import row_ranges
+from nxdi_expertscale.checkpoint.plan import quantized_tensors
 from nxdi_expertscale.checkpoint.source import (
     CONFIG,
     Checkpoint,
     TensorReader,
     checked_file,
-    open_checkpoint,
 )
 from nxdi_expertscale.checkpoint.tensor_file import StoredTensor
+from nxdi_expertscale.families import require_family
+from nxdi_expertscale.plugins import known_families
 
 
 def source_state(source: Checkpoint) -> dict[str, SourceRecord]:
@@ -52,26 +55,23 @@ def source_records(
     )
 
 
-def digest_tensors(source: Checkpoint, workers: int | None = None) -> dict[str, str]:
+def digest_tensor(reader: TensorReader, tensor: StoredTensor) -> str:
+    """Digest of a tensor's bytes, piece by piece, in hexadecimal."""
+    return digests.combine(
+        digests.digest(reader.read_rows(tensor, rows)) for rows in row_ranges(tensor.shape)
+    ).hex()
+
+
+def digest_tensors(source: Checkpoint) -> dict[str, str]:
     """Digest of each tensor of a checkpoint, in hexadecimal, by name."""
-    pieces: dict[str, list[bytes]] = {
-        name: [b""] * sum(1 for _ in row_ranges(tensor.shape))
-        for name, tensor in source.tensors.items()
-    }
-
-    def each() -> Iterator[tuple[StoredTensor, int, range]]:
-        for tensor in source.tensors.values():
-            for number, rows in enumerate(row_ranges(tensor.shape)):
-                yield tensor, number, rows
-
+    found: dict[str, str] = {}
     with TensorReader(source) as reader:
 
-        def work(item: tuple[StoredTensor, int, range]) -> None:
-            tensor, number, rows = item
-            pieces[tensor.name][number] = digests.digest(reader.read_rows(tensor, rows))
+        def work(tensor: StoredTensor) -> None:
+            found[tensor.name] = digest_tensor(reader, tensor)
 
-        for_each(work, each(), workers or available_cores())
-    return {name: digests.combine(found).hex() for name, found in pieces.items()}
+        for_each(work, iter(source.tensors.values()), available_cores())
+    return found
 
 
 def mismatch(
@@ -92,19 +92,13 @@ def mismatch(
     Raises:
         CheckpointError: The folder has no manifest, or the source is malformed.
     """
-    return mismatch_of(read_manifest(folder), open_checkpoint(src), modules_to_not_convert)
+    return mismatch_of(read_manifest(folder), open_model(src)[0], modules_to_not_convert)
 
 
 def mismatch_of(
     manifest: Manifest, source: Checkpoint, modules_to_not_convert: Sequence[str]
 ) -> str | None:
     """The same for a manifest and a source that are read already; see :func:`mismatch`."""
-    asked = normalized(modules_to_not_convert)
-    if manifest.modules_to_not_convert != asked:
-        return (
-            f"made with other settings: modules_to_not_convert was "
-            f"{list(manifest.modules_to_not_convert)}, and is {list(asked)}"
-        )
     state = source_state(source)
     recorded = {record.name: record for record in manifest.source}
     if set(recorded) != set(state):
@@ -112,9 +106,25 @@ def mismatch_of(
     for name, record in recorded.items():
         if state[name].size != record.size:
             return f"made from another source: {name} has another size"
+    if not _says_the_same(manifest.modules_to_not_convert, modules_to_not_convert, source):
+        return (
+            f"made with other settings: modules_to_not_convert was "
+            f"{list(manifest.modules_to_not_convert)}, and is "
+            f"{list(normalized(modules_to_not_convert))}"
+        )
     if all(state[name].mtime_ns == record.mtime_ns for name, record in recorded.items()):
         return None
     for found in source_records(source, state, digest_tensors(source)):
         if found.digest != recorded[found.name].digest:
             return f"made from another source: {found.name} has other content"
     return None
+
+
+def _says_the_same(made_with: Sequence[str], asked: Sequence[str], source: Checkpoint) -> bool:
+    # The settings that NxDI is given name the modules of both worlds, and may name the router.
+    if normalized(made_with) == normalized(asked):
+        return True
+    family = require_family(
+        source.config.get("model_type"), known_families(), str(source.folder / CONFIG)
+    )
+    return quantized_tensors(source, family, made_with) == quantized_tensors(source, family, asked)

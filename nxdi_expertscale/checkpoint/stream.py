@@ -22,6 +22,7 @@ from nxdi_expertscale.checkpoint.manifest import SourceRecord, file_record
 from nxdi_expertscale.checkpoint.parallel import Meter, for_each
 from nxdi_expertscale.checkpoint.pieces import row_ranges
 from nxdi_expertscale.checkpoint.plan import PlannedTensor, ShardPlan, Treatment
+from nxdi_expertscale.checkpoint.provenance import digest_tensor
 from nxdi_expertscale.checkpoint.source import Checkpoint, TensorReader
 from nxdi_expertscale.checkpoint.staging import ShardRecord, Staging
 from nxdi_expertscale.checkpoint.values import TORCH_DTYPES, ValueReader, as_bytes
@@ -70,16 +71,25 @@ def write_shards(
         finished: list[Future[ShardRecord]] = []
 
         def work(piece: _Piece) -> None:
-            nbytes = _write_piece(piece, values)
-            meter.add(nbytes)
+            scale = piece.planned.weight.scale
+            if scale is not None and piece.number == 0:
+                digest = digest_tensor(reader, scale.tensor)
+                piece.shard.scale_digests[scale.tensor.name] = digest
+            meter.add(_write_piece(piece, values))
             if piece.shard.piece_done():
                 # Waiting for the disk is left to a thread that does nothing else.
                 finished.append(finisher.submit(piece.shard.finish))
 
-        for_each(work, _pieces(todo, staging), workers)
-        for future in finished:
-            record = future.result()
-            records[record.file.name] = record
+        opened: list[_OpenShard] = []
+        try:
+            for_each(work, _pieces(todo, staging, opened), workers)
+            for future in finished:
+                record = future.result()
+                records[record.file.name] = record
+        finally:
+            finisher.shutdown()
+            for open_shard in opened:
+                open_shard.close()
     return records, resumed
 
 
@@ -89,7 +99,7 @@ def _fingerprint(shard: ShardPlan, files: Mapping[str, SourceRecord]) -> str:
     used: set[str] = set()
     for planned in shard.tensors:
         tensor, scale = planned.weight.tensor, planned.weight.scale
-        recipe.append([tensor.name, tensor.file, tensor.offset, tensor.dtype])
+        recipe.append([tensor.name, tensor.file, tensor.offset, tensor.pitch, tensor.dtype])
         used.add(tensor.file)
         if scale is not None:
             recipe.append([scale.tensor.file, scale.tensor.offset, scale.rows, scale.columns])
@@ -105,6 +115,7 @@ class _OpenShard:
     def __init__(self, plan: ShardPlan, fingerprint: str, staging: Staging) -> None:
         self.plan = plan
         self.digests: dict[str, list[bytes]] = {}
+        self.scale_digests: dict[str, str] = {}
         self._fingerprint = fingerprint
         self._staging = staging
         self._path = staging.path(plan.name)
@@ -115,13 +126,12 @@ class _OpenShard:
             self._pieces_left += count
         self._lock = threading.Lock()
         staging.forget(plan.name)
-        with self._path.open("wb", buffering=0) as file:
-            file.write(plan.header)
-        self._descriptor = os.open(self._path, os.O_WRONLY)
+        self._file = self._path.open("wb", buffering=0)
+        self.write(memoryview(plan.header), 0)
 
     def write(self, data: memoryview, offset: int) -> None:
         while data:
-            count = os.pwrite(self._descriptor, data, offset)
+            count = os.pwrite(self._file.fileno(), data, offset)
             data = data[count:]
             offset += count
 
@@ -131,16 +141,20 @@ class _OpenShard:
             self._pieces_left -= 1
             return self._pieces_left == 0
 
+    def close(self) -> None:
+        self._file.close()
+
     def finish(self) -> ShardRecord:
         """Put the shard on the disk and record that it is complete."""
-        os.fsync(self._descriptor)
-        os.close(self._descriptor)
+        os.fsync(self._file.fileno())
+        self.close()
         record = ShardRecord(
             fingerprint=self._fingerprint,
             file=file_record(self._path),
             source_digests={
                 name: digests.combine(pieces).hex() for name, pieces in self.digests.items()
-            },
+            }
+            | self.scale_digests,
         )
         self._staging.finish(record)
         return record
@@ -156,9 +170,13 @@ class _Piece:
     rows: range
 
 
-def _pieces(todo: Iterable[tuple[ShardPlan, str]], staging: Staging) -> Iterator[_Piece]:
+def _pieces(
+    todo: Iterable[tuple[ShardPlan, str]], staging: Staging, opened: list[_OpenShard]
+) -> Iterator[_Piece]:
+    """The pieces of all shards; each shard is opened, and noted, when its first piece is due."""
     for plan, fingerprint in todo:
         shard = _OpenShard(plan, fingerprint, staging)
+        opened.append(shard)
         for planned in plan.tensors:
             for number, rows in enumerate(row_ranges(planned.weight.tensor.shape)):
                 yield _Piece(shard, planned, number, rows)

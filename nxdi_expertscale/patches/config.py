@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nxdi_expertscale import device_switches, flag
 from nxdi_expertscale.activation import FEATURE, Patch, mentions, require
@@ -15,7 +17,13 @@ from nxdi_expertscale.errors import IncompatibleUpstreamError
 from nxdi_expertscale.families import MoEFamily
 from nxdi_expertscale.patches import seams
 
+if TYPE_CHECKING:
+    import torch
+
 MODULE = "neuronx_distributed_inference.models.config"
+
+_MOE_V2 = "neuronx_distributed_inference.modules.moe_v2"
+"""Where a family's experts are built from the neuron config's own settings for them."""
 
 
 def patches(families: Sequence[MoEFamily]) -> list[Patch]:
@@ -100,21 +108,27 @@ def _checking_model(families: Sequence[MoEFamily]) -> Callable[..., None]:
 
 
 def check(model_config: Any, families: Sequence[MoEFamily]) -> None:
-    """Check an ``InferenceConfig`` against the flag of its own neuron config.
+    """Check an ``InferenceConfig`` against its own neuron config.
 
     Raises:
-        ConfigurationError: The model could not run with the flag.
+        ConfigurationError: The model could not run.
         IncompatibleUpstreamError: A seam that this model needs does not hold.
     """
     neuron_config = getattr(model_config, "neuron_config", None)
+    family = flag.family_of_model(model_config, families)
+    reads_moe_settings = family is not None and _reads_moe_settings(family)
     if not flag.is_on(neuron_config):
+        flag.check_shared_scale(
+            neuron_config, model_config, family, reads_moe_settings=reads_moe_settings
+        )
         return
     flag.check_neuron_config(neuron_config)
-    family = flag.family_of_model(model_config, families)
     if family is None:
         flag.refuse_unsupported(neuron_config, model_config)
-    flag.check_model(neuron_config, model_config, family, on_cpu=runs_on_cpu(neuron_config))
-    if family is not None and flag.is_quantized(neuron_config):
+    elif flag.is_quantized(neuron_config):
+        cores = frozenset() if runs_on_cpu(neuron_config) else _kernel_cores()
+        upstream = flag.Upstream(reads_moe_settings, cores)
+        flag.check_model(neuron_config, model_config, family, upstream)
         require(seams.needed_by_model(family), load=True)
 
 
@@ -148,6 +162,34 @@ def _flag_in(text: str) -> bool:
     """Whether the flag is on in a config's JSON."""
     neuron_config = json.loads(text).get("neuron_config")
     return isinstance(neuron_config, dict) and neuron_config.get(flag.NAME) is True
+
+
+def _reads_moe_settings(family: MoEFamily) -> bool:
+    modeling = sys.modules.get(family.converter.partition(":")[0])
+    initialize = getattr(modeling, "initialize_moe_module", None)
+    return getattr(initialize, "__module__", _MOE_V2) == _MOE_V2
+
+
+def _kernel_cores() -> frozenset[int]:
+    """Numbers of logical cores for which this NxD has a blockwise kernel, asked of itself."""
+    from neuronx_distributed.modules.moe import blockwise
+
+    available = set()
+    for cores in (1, 2):
+        wanted = blockwise.KernelConfig(blockwise.LogicalNCConfig(cores), use_block_parallel=False)
+        with contextlib.suppress(blockwise.KernelAvailabilityError):
+            blockwise.check_kernel_availability(wanted)
+            available.add(cores)
+    return frozenset(available)
+
+
+def quantized_dtype(neuron_config: Any) -> torch.dtype | None:
+    """The dtype of quantized weights that a neuron config asks for, if it says so."""
+    from neuronx_distributed.quantization.quantization_config import QuantizedDtype
+
+    wanted = getattr(neuron_config, "quantization_dtype", None)
+    dtype = QuantizedDtype.get_dtype(wanted) if isinstance(wanted, str) else wanted
+    return getattr(dtype, "value", dtype)
 
 
 def runs_on_cpu(neuron_config: Any) -> bool:

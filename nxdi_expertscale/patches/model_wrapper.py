@@ -80,8 +80,11 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
             name for name, layer in expert_layers(model).items() if not _quantization_type(layer)
         ]
         neuron_config = getattr(getattr(model, "config", None), "neuron_config", None)
-        # A call with an include list is not the one that NxDI makes.
-        if not experts or neuron_config is None or call.arguments.get("include") is not None:
+        # NxDI gives its settings, and never an include list.
+        is_nxdis = (
+            call.arguments.get("include") is None and call.arguments.get("q_config") is not None
+        )
+        if not experts or neuron_config is None or not is_nxdis:
             return wrapped(*args, **kwargs)
         family = flag.family_of_model(model.config, families)
         if family is None:
@@ -94,6 +97,7 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
                 raise _not_as_known(f"{strange[0]} is not one of {family.expert_mlps}")
         elif strange or unmet(seams.needed_by_model(family), load=True) is not None:
             return wrapped(*args, **kwargs)
+        _check_dtype(neuron_config, call.arguments["q_config"])
         excluded = list(call.arguments.get("modules_to_not_convert") or ())
         kept = _kept_in_full_precision(experts, excluded, family)
         skipped = [*excluded, *_all_paths(model, kept), *family.full_precision]
@@ -165,6 +169,24 @@ def _all_paths(model: Any, names: Sequence[str]) -> list[str]:
     wanted = {id(model.get_submodule(name)) for name in names}
     modules = model.named_modules(remove_duplicate=False)
     return [name for name, module in modules if id(module) in wanted]
+
+
+def _check_dtype(neuron_config: Any, q_config: dict[str, Any]) -> None:
+    """Make sure that NxDI makes layers of the dtype that the config names.
+
+    Up to 0.6 its ``load_module`` knows ``f8e4m3`` alone, and takes int8 for every other name.
+
+    Raises:
+        ConfigurationError: It does not: the weights would be cast without their scales.
+    """
+    wanted = config.quantized_dtype(neuron_config)
+    found = q_config["quantized_dtype"]
+    found = getattr(found, "value", found)
+    if wanted is not None and wanted != found:
+        raise ConfigurationError(
+            f"quantization_dtype={neuron_config.quantization_dtype!r}: this release of NxDI makes "
+            f"{found} layers of it; use quantization_dtype='f8e4m3' or 'int8'"
+        )
 
 
 def _kept_in_full_precision(

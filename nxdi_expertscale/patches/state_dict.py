@@ -18,6 +18,7 @@ from nxdi_expertscale.activation import FEATURE, Patch, mentions, require, unmet
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError, IncompatibleUpstreamError
 from nxdi_expertscale.families import MoEFamily
 from nxdi_expertscale.patches import seams
+from nxdi_expertscale.patches.config import quantized_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -117,8 +118,9 @@ def take_out_scales(
     experts = family.experts_of(config)
     if experts is None:
         raise _not_as_known(family, f"its config has none of {', '.join(family.num_experts)}")
+    check_range = not _is_vouched_for(state_dict, config.neuron_config)
     found = [
-        expert_scales.collect(state_dict, family, layer, experts)
+        expert_scales.collect(state_dict, family, layer, experts, check_range=check_range)
         for layer in range(config.num_hidden_layers)
     ]
     layers = [layer for layer in found if layer is not None]
@@ -181,9 +183,12 @@ def put_in_scales(
                 raise _not_as_known(family, f"NxDI makes {key} itself")
             layout = scale if expert_wise else scales.average(scale)
             try:
-                converted[key] = scales.pad(layout, weight.shape[2], len(family.fused[fused]))
+                padded = scales.pad(layout, weight.shape[2], len(family.fused[fused]))
             except ValueError as error:
                 raise _not_as_known(family, f"{key}: {error}") from error
+            converted[key] = padded
+            if getattr(neuron_config, "hybrid_sharding_config", None) is not None:
+                converted[_generation_key(key)] = padded.clone()
 
 
 def _refuse_lost_scales(converted: Mapping[str, torch.Tensor], family: MoEFamily) -> None:
@@ -201,6 +206,12 @@ def _not_as_known(family: MoEFamily, difference: str) -> IncompatibleUpstreamErr
         f"the experts' scales cannot be fused with this NxDI: seam {seams.state_dict(family)!r} "
         f"({family.converter}): {difference}. Install a release that is supported"
     )
+
+
+def _generation_key(key: str) -> str:
+    # Hybrid sharding has a second set of a layer's experts, cut otherwise, for token generation.
+    # NxD's preshard hook (modules/moe/expert_mlps_v2.py) copies the weights for it, not the scales.
+    return key.replace(".mlp_op.", ".mlp_op_tkg.")
 
 
 def _warn_of_averaging(layers: Sequence[LayerScales]) -> None:
@@ -256,17 +267,11 @@ def _check_against_config(
 
 
 def _check_dtype(key: str, weight: torch.Tensor, neuron_config: Any) -> None:
-    wanted = getattr(neuron_config, "quantization_dtype", None)
-    if wanted is None:
-        return
-    from neuronx_distributed.quantization.quantization_config import QuantizedDtype
-
-    dtype = QuantizedDtype.get_dtype(wanted) if isinstance(wanted, str) else wanted
-    dtype = getattr(dtype, "value", dtype)
-    if weight.dtype != dtype:
+    dtype = quantized_dtype(neuron_config)
+    if dtype is not None and weight.dtype != dtype:
         raise ConfigurationError(
-            f"{key}: its dtype is {weight.dtype}, it has a scale, and "
-            f"quantization_dtype={wanted!r} makes NxDI read it as {dtype}; set "
+            f"{key}: its dtype is {weight.dtype}, it has a scale, and quantization_dtype="
+            f"{neuron_config.quantization_dtype!r} makes NxDI read it as {dtype}; set "
             "quantization_dtype='f8e4m3' for an FP8 checkpoint"
         )
 
@@ -308,3 +313,29 @@ def _dequantized_routers(
 
 def _scale_name(weight_key: str) -> str:
     return weight_key.removesuffix("weight") + "scale"
+
+
+def _is_vouched_for(state_dict: Mapping[str, torch.Tensor], neuron_config: Any) -> bool:
+    """Whether a state dict is that of a finished folder of ours, whose weights are in range.
+
+    The state dict of a draft is converted with the same settings, and comes from another folder:
+    the names have to be those of the manifest's folder.
+    """
+    from nxdi_expertscale.checkpoint.manifest import is_untouched, tensor_names
+
+    folder = getattr(neuron_config, "quantized_checkpoints_path", None)
+    if not folder:
+        return False
+    try:
+        names = tensor_names(folder) if is_untouched(folder) else None
+    except CheckpointError as error:
+        _logger.warning("the range of every weight is checked: %s", error)
+        return False
+    return names is not None and all(_name_in_state_dict(name) in state_dict for name in names)
+
+
+def _name_in_state_dict(name: str) -> str:
+    # Upstream: application_base.py, get_state_dict.
+    name = name.removeprefix("model.")
+    is_scale = name.endswith(".weight_scale")
+    return name.removesuffix("weight_scale") + "scale" if is_scale else name

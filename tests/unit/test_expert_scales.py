@@ -30,7 +30,7 @@ def layer_of(family: MoEFamily, layer: int = 0) -> StateDict:
 
 
 def collect(tensors: StateDict, family: MoEFamily = QWEN3_MOE) -> expert_scales.LayerScales:
-    found = expert_scales.collect(tensors, family, 0, EXPERTS)
+    found = expert_scales.collect(tensors, family, 0, EXPERTS, check_range=True)
     assert found is not None
     return found
 
@@ -82,14 +82,14 @@ def test_layer_without_scales_is_left_alone() -> None:
         if key.endswith(".weight")
     }
 
-    assert expert_scales.collect(tensors, QWEN3_MOE, 0, EXPERTS) is None
-    assert expert_scales.collect({}, QWEN3_MOE, 0, EXPERTS) is None
+    assert expert_scales.collect(tensors, QWEN3_MOE, 0, EXPERTS, check_range=True) is None
+    assert expert_scales.collect({}, QWEN3_MOE, 0, EXPERTS, check_range=True) is None
 
 
 def test_another_layers_scales_are_not_taken() -> None:
     tensors = layer_of(QWEN3_MOE, layer=1)
 
-    assert expert_scales.collect(tensors, QWEN3_MOE, 0, EXPERTS) is None
+    assert expert_scales.collect(tensors, QWEN3_MOE, 0, EXPERTS, check_range=True) is None
 
 
 def test_int8_and_e5m2_have_no_range_to_exceed() -> None:
@@ -193,7 +193,7 @@ def test_malformed_layer_is_refused_naming_the_tensor_and_what_to_do(name: str) 
     change(tensors)
 
     with pytest.raises(CheckpointError) as refused:
-        expert_scales.collect(tensors, QWEN3_MOE, 0, EXPERTS)
+        expert_scales.collect(tensors, QWEN3_MOE, 0, EXPERTS, check_range=True)
 
     message = str(refused.value)
     assert message.startswith(f"{tensor}: ")

@@ -1,4 +1,4 @@
-"""Functions in processes of their own: for what happens once in a process, and for several ranks."""
+"""Functions in processes of their own: what happens once in a process, and several ranks."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def rename_converter(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         application,
         "convert_hf_to_neuron_state_dict",
-        staticmethod(lambda state_dict, config: converter(state_dict, config)),
+        staticmethod(lambda state_dict, config: converter(state_dict, config)),  # noqa: PLW0108
     )
 
 
@@ -143,7 +143,7 @@ def stop_calling_converter(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         application,
         "convert_hf_to_neuron_state_dict",
-        staticmethod(lambda state_dict, config: converter(state_dict, config)),
+        staticmethod(lambda state_dict, config: converter(state_dict, config)),  # noqa: PLW0108
     )
 
 
@@ -168,7 +168,7 @@ def take_include_from_convert(patch: pytest.MonkeyPatch) -> None:
 def call_convert_by_another_name(patch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("neuronx_distributed_inference.models.model_wrapper")
     load_module = module.DecoderModelInstance.load_module
-    patch.setattr(module.DecoderModelInstance, "load_module", lambda self: load_module(self))
+    patch.setattr(module.DecoderModelInstance, "load_module", lambda self: load_module(self))  # noqa: PLW0108
 
 
 def converter_module() -> tuple[Any, Any]:
