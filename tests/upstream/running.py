@@ -40,8 +40,9 @@ _NOT_IN_CHECKPOINTS = (
     ".rank_util.rank",
     # A quantized weight's second name in ahead-of-time mode; the same parameter.
     ".master_weight",
-    # A second path to what is there already.
+    # Second paths of fused token generation to what is there already.
     ".moe_fused_tkg.",
+    ".mlp.rmsnorm.",
 )
 
 
@@ -170,7 +171,8 @@ def _load_weights(module: Any, state_dict: dict[str, torch.Tensor], rank: int, r
         for name in result.missing_keys
         if not any(part in name for part in _NOT_IN_CHECKPOINTS)
     ]
-    assert (missing, result.unexpected_keys) == ([], [])
+    if missing or result.unexpected_keys:
+        raise AssertionError(f"missing: {missing}, unexpected: {result.unexpected_keys}")
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
