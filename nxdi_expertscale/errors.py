@@ -13,5 +13,9 @@ class CheckpointError(ExpertScaleError, ValueError):
     """A checkpoint, on disk or as a state dict, that is malformed or not supported."""
 
 
+class CheckpointInUseError(CheckpointError):
+    """Another process is writing the checkpoint."""
+
+
 class IncompatibleUpstreamError(ExpertScaleError, RuntimeError):
     """The feature is asked for, and the installed NxDI is not one that can be patched for it."""

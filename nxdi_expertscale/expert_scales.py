@@ -6,7 +6,7 @@ Face's ``model.``, and with ``.scale`` for ``.weight_scale``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,15 +29,27 @@ class LayerScales:
         fused: For each of NxDI's fused weights, ``[E, 1, dim]``, ``torch.float32``: gate then up
             along the last axis for ``gate_up_proj``, unpadded.
         consumed: Names of the tensors that the scales were read from.
+        ends: For each of NxDI's fused weights, what it is made of for the first and for the last
+            expert: by the expert's number, the weights ``[out, in]`` of its projections.
     """
 
     layer: int
     fused: Mapping[str, torch.Tensor]
     consumed: tuple[str, ...]
+    ends: Mapping[str, Mapping[int, Sequence[torch.Tensor]]]
+
+    def describe(self, fused: str, weight: torch.Tensor) -> bool:
+        """Whether a fused weight has its channels where the scales have them.
+
+        Args:
+            fused: A key of :attr:`fused`.
+            weight: What NxDI made of the experts' weights, ``[E, in, dim]``, padded or not.
+        """
+        return all(_holds(weight[expert], parts) for expert, parts in self.ends[fused].items())
 
 
 def collect(
-    state_dict: StateDict, family: MoEFamily, layer: int, experts: int
+    state_dict: StateDict, family: MoEFamily, layer: int, experts: int, *, check_range: bool
 ) -> LayerScales | None:
     """Collect and check the scales of a layer's experts. The state dict stays as it is.
 
@@ -46,6 +58,7 @@ def collect(
         family: The names in it.
         layer: The layer's number.
         experts: Number of experts in a layer, by the model's config.
+        check_range: Whether to look at every FP8 weight for values beyond Neuron's range.
 
     Returns:
         None where no expert of the layer has a scale: the layer is in full precision.
@@ -57,9 +70,10 @@ def collect(
     if not _has_scale(state_dict, family, layer, experts):
         _refuse_quantized_without_scale(state_dict, family, layer, experts)
         return None
-    _check_weights(state_dict, family, layer, experts)
+    _check_weights(state_dict, family, layer, experts, check_range=check_range)
     fused: dict[str, torch.Tensor] = {}
     consumed: list[str] = []
+    ends: dict[str, dict[int, list[torch.Tensor]]] = {}
     for name, projections in family.fused.items():
         stacked = [_stack(state_dict, family, layer, experts, part) for part in projections]
         fused[name] = scales.fuse(stacked)
@@ -68,7 +82,22 @@ def collect(
             for part in projections
             for expert in range(experts)
         ]
-    return LayerScales(layer, fused, tuple(consumed))
+        ends[name] = {
+            expert: [state_dict[family.expert_key(layer, expert, part)] for part in projections]
+            for expert in (0, experts - 1)
+        }
+    return LayerScales(layer, fused, tuple(consumed), ends)
+
+
+def _holds(fused: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
+    """Whether ``[in, dim]`` has these weights ``[out, in]``, transposed, side by side."""
+    if fused.dtype != parts[0].dtype or fused.shape[1] % len(parts):
+        return False
+    places = fused.view(torch.uint8).tensor_split(len(parts), dim=1)
+    return all(
+        torch.equal(place[: part.shape[1], : part.shape[0]], part.view(torch.uint8).T)
+        for place, part in zip(places, parts, strict=True)
+    )
 
 
 def _has_scale(state_dict: StateDict, family: MoEFamily, layer: int, experts: int) -> bool:
@@ -99,7 +128,9 @@ def _refuse_quantized_without_scale(
             )
 
 
-def _check_weights(state_dict: StateDict, family: MoEFamily, layer: int, experts: int) -> None:
+def _check_weights(
+    state_dict: StateDict, family: MoEFamily, layer: int, experts: int, *, check_range: bool
+) -> None:
     beyond = family.expert_key(layer, experts, family.gate)
     if beyond in state_dict:
         raise CheckpointError(
@@ -124,7 +155,7 @@ def _check_weights(state_dict: StateDict, family: MoEFamily, layer: int, experts
                     f"{key}: its shape is {list(weight.shape)}, the layer's other experts say "
                     f"{list(shape)}; {_MAKE_IT_AGAIN}"
                 )
-            if weight.dtype == torch.float8_e4m3fn and fp8.exceeds_range(weight):
+            if check_range and weight.dtype == torch.float8_e4m3fn and fp8.exceeds_range(weight):
                 raise CheckpointError(
                     f"{key}: holds FP8 values beyond ±240, which Neuron reads as infinity or "
                     f"NaN (a checkpoint made for GPUs); {_MAKE_IT_AGAIN}"

@@ -44,6 +44,22 @@ class Stacking(enum.Enum):
 
 
 @dataclass(frozen=True)
+class DecoderTraits:
+    """What is particular to a family's layers, beside the names of their tensors.
+
+    For the reference on a CPU, :mod:`nxdi_expertscale.decoder`, which has what all share.
+
+    Attributes:
+        head_norm: Whether the attention normalizes queries and keys for each head.
+        normalizes_top_k: Whether the routing weights of a token are made to add up to one, where
+            a config does not say so itself (``norm_topk_prob``).
+    """
+
+    head_norm: bool
+    normalizes_top_k: bool
+
+
+@dataclass(frozen=True)
 class MoEFamily:
     """The names of one family of models, in its checkpoints and in NxDI's modules.
 
@@ -59,6 +75,8 @@ class MoEFamily:
         router: Path of a layer's router in a checkpoint, ``layers.{layer}.mlp.gate``.
         expert_mlps: Path of a layer's fused experts among NxDI's modules.
         embeddings: Path of the token embeddings; a table and no linear layer, never converted.
+        head: Path of the output layer.
+        prefixes: What may stand before a path in a checkpoint.
         gate: Name of the gate projection, ``[I, H]`` in a checkpoint.
         up: Name of the up projection, ``[I, H]``.
         down: Name of the down projection, ``[H, I]``.
@@ -71,9 +89,7 @@ class MoEFamily:
         num_experts: Attributes of the model's config that may hold the number of experts.
         num_experts_per_tok: Attributes that may hold the number of experts of a token.
         intermediate_size: Attributes that may hold the experts' intermediate size.
-        head_norm: Whether its attention normalizes queries and keys for each head.
-        normalizes_top_k: Whether the routing weights of a token are made to add up to one, where
-            a config does not say so itself (``norm_topk_prob``).
+        decoder: What is particular to its layers; None where ``evaluate`` cannot compute them.
     """
 
     name: str
@@ -83,6 +99,8 @@ class MoEFamily:
     router: str = "layers.{layer}.mlp.gate"
     expert_mlps: str = "layers.{layer}.mlp.expert_mlps"
     embeddings: str = "embed_tokens"
+    head: str = "lm_head"
+    prefixes: tuple[str, ...] = ("model.", "")
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -92,8 +110,7 @@ class MoEFamily:
     num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
     num_experts_per_tok: tuple[str, ...] = ("num_experts_per_tok",)
     intermediate_size: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
-    head_norm: bool = True
-    normalizes_top_k: bool = False
+    decoder: DecoderTraits | None = None
 
     def __post_init__(self) -> None:
         module, _, function = self.converter.partition(":")
@@ -118,6 +135,10 @@ class MoEFamily:
     def fused(self) -> Mapping[str, tuple[str, ...]]:
         """For each of NxDI's fused weights, the projections it is made of, in their order."""
         return {GATE_UP: (self.gate, self.up), DOWN: (self.down,)}
+
+    def paths(self, path: str) -> tuple[str, ...]:
+        """The names that a path may have in a checkpoint."""
+        return tuple(f"{prefix}{path}" for prefix in self.prefixes)
 
     def expert_key(self, layer: int, expert: int, projection: str, suffix: str = "weight") -> str:
         """Name of one expert's tensor in a checkpoint."""
@@ -289,6 +310,12 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) else config
 
 
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` says that the embeddings are the output layer's weight too."""
+    parts = (config, language_config(config))
+    return any(part.get("tie_word_embeddings") is True for part in parts)
+
+
 def _first_int(config: Any, names: Iterable[str]) -> int | None:
     if isinstance(config, Mapping):
         config = language_config(config)
@@ -307,6 +334,7 @@ QWEN3_MOE = MoEFamily(
         ":convert_qwen3_moe_hf_to_neuron_state_dict"
     ),
     stacked=Stacking.OUTPUTS_FIRST,
+    decoder=DecoderTraits(head_norm=True, normalizes_top_k=False),
 )
 
 MIXTRAL = MoEFamily(
@@ -323,8 +351,7 @@ MIXTRAL = MoEFamily(
     down="w2",
     num_experts=("num_local_experts",),
     intermediate_size=("intermediate_size",),
-    head_norm=False,
-    normalizes_top_k=True,
+    decoder=DecoderTraits(head_norm=False, normalizes_top_k=True),
 )
 
 _LLAMA4 = "neuronx_distributed_inference.models.llama4.modeling_llama4_text"
@@ -337,6 +364,8 @@ LLAMA4 = MoEFamily(
     router="language_model.model.layers.{layer}.feed_forward.router",
     expert_mlps="layers.{layer}.feed_forward.moe.expert_mlps",
     embeddings="language_model.model.embed_tokens",
+    head="language_model.lm_head",
+    prefixes=("",),
     stacked=Stacking.INPUTS_FIRST,
     converter_reads_stacked=True,
     full_precision=("lm_head", "shared_expert", "vision_model", "multi_modal_projector"),

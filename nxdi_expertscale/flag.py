@@ -49,7 +49,9 @@ def is_quantized(neuron_config: Any) -> bool:
 
 def is_fp8(neuron_config: Any) -> bool:
     """Whether ``quantization_dtype`` is one of FP8 (``f8e4m3``, ``f8e5m2``)."""
-    return str(getattr(neuron_config, "quantization_dtype", "")).lower().startswith("f8")
+    dtype = getattr(neuron_config, "quantization_dtype", "")
+    # A string in most configs, and NxD's QuantizedDtype in others.
+    return str(getattr(dtype, "name", dtype)).lower().startswith("f8")
 
 
 def quantization_type(neuron_config: Any) -> str:

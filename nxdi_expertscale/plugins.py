@@ -71,7 +71,7 @@ class PluginManager:
                 return
             self._pluggy.register(plugin, name=name)
             self._pluggy.check_pending()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._report(f"plugin {name!r} failed to load: {_one_line(error)}")
             if self._pluggy.has_plugin(name):
                 self._pluggy.unregister(name=name)
@@ -125,7 +125,7 @@ class PluginManager:
             call = self._pluggy.subset_hook_caller(hook, remove_plugins=others)
             try:
                 given = [item for part in call(**arguments) for item in part]
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._report(f"plugin {name!r} failed: {_one_line(error)}")
                 continue
             for item in given:

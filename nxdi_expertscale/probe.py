@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import IO, Any
 
 from nxdi_expertscale import activation
@@ -46,7 +45,7 @@ class Probe:
         plugin_problems: What is wrong with plugins, one line each.
         seams: The state of each seam, once the modules that hold them were imported.
         failures: Why modules could not be imported, by the module's name.
-        versions: What the imported packages say is their version.
+        versions: What the packages' sources say is their version; empty where they do not.
         has_nxdi: Whether a package of NxDI's name can be found.
         vllm_neuron_uses_nxdi: Whether vLLM-Neuron runs models through NxDI; None where it is
             absent.
@@ -126,14 +125,18 @@ def report(path: str, activated_at_start: bool) -> None:
         plugin_problems=activation.plugin_problems(),
         seams=activation.status(),
         failures=failures,
-        versions={name: _version(sys.modules.get(name)) for name in (NXDI, NXD)},
+        versions={name: _version(name) for name in (NXDI, NXD)},
         has_nxdi=importlib.util.find_spec(NXDI) is not None,
         vllm_neuron_uses_nxdi=_vllm_neuron_uses_nxdi(),
     )
     file.write_text(json.dumps(asdict(found)))
 
 
-def _version(module: ModuleType | None) -> str:
+def _version(package: str) -> str:
+    try:
+        module = importlib.import_module(f"{package}._version")
+    except ImportError:
+        return ""
     return str(getattr(module, "__version__", ""))
 
 

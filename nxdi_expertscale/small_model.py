@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sysconfig
 import tokenize
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from nxdi_expertscale import decoder
@@ -26,7 +28,8 @@ from nxdi_expertscale.families import QWEN3_MOE
 BYTES = 256
 """The vocabulary: a token is a byte."""
 
-CONTEXT = 512
+CONTEXT = 256
+"""Tokens of a sequence, in training and in use."""
 
 _HELD_OUT = 16
 """One file in so many is kept from training."""
@@ -91,14 +94,12 @@ class Recipe:
     Attributes:
         steps: Number of steps.
         batch: Sequences in a step.
-        length: Tokens of a sequence.
         learning_rate: The highest; it rises over a tenth of the steps and falls again.
         seed: Of the initial weights and of the choice of sequences.
     """
 
     steps: int
-    batch: int = 16
-    length: int = 256
+    batch: int = 8
     learning_rate: float = 4e-3
     seed: int = 0
 
@@ -113,7 +114,7 @@ def qwen3_moe_config(*, hidden_size: int, moe_intermediate_size: int) -> dict[st
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 32,
+        "head_dim": hidden_size // 4,
         "num_experts": 16,
         "num_experts_per_tok": 4,
         "moe_intermediate_size": moe_intermediate_size,
@@ -156,9 +157,9 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1
     )
-    offsets = torch.arange(recipe.length + 1)
+    offsets = torch.arange(CONTEXT + 1)
     for step in range(recipe.steps):
-        starts = torch.randint(data.numel() - recipe.length, (recipe.batch, 1), generator=generator)
+        starts = torch.randint(data.numel() - CONTEXT, (recipe.batch, 1), generator=generator)
         tokens = data[starts + offsets].long()
         loss = functional.cross_entropy(
             logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
@@ -170,6 +171,21 @@ def train(
         schedule.step()
         if progress is not None:
             progress(step + 1, recipe.steps)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread.
+
+    Matrices this small gain little from a second one, and where other programs use the cores as
+    well they lose ten times what they gain.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def make(
@@ -214,3 +230,28 @@ def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> t
         return torch.ones(shape)
     deviation = 0.02 if name == decoder.EMBEDDINGS else shape[-1] ** -0.5
     return torch.randn(shape, generator=generator) * deviation
+
+
+def spread_experts(model: Path, folder: Path, factor: int) -> None:
+    """Write a model that computes the same, and whose experts differ in magnitude.
+
+    The up projection of an expert is multiplied by a power of two, and its down projection
+    divided by it: not a bit of what it computes changes. The experts' magnitudes then lie apart
+    as far as asked for, where those of a small model trained for minutes hardly do.
+
+    Args:
+        model: Folder of a Qwen3 MoE in full precision, with one file of weights.
+        folder: The folder to write, there already.
+        factor: Between the experts with the largest and the smallest magnitude; a power of two.
+    """
+    weights = load_file(model / SINGLE_FILE)
+    experts = int(json.loads((model / CONFIG).read_text())["num_experts"])
+    octaves = factor.bit_length() - 1
+    for name, weight in weights.items():
+        place = QWEN3_MOE.parse_expert_key(name)
+        if place is None or place.projection == QWEN3_MOE.gate:
+            continue
+        exponent = round(octaves * place.expert / (experts - 1)) - octaves // 2
+        weight.mul_(2.0 ** (-exponent if place.projection == QWEN3_MOE.down else exponent))
+    save_file(weights, folder / SINGLE_FILE, metadata={"format": "pt"})
+    shutil.copy(model / CONFIG, folder)

@@ -71,7 +71,7 @@ def _activate_after_site() -> None:
 def _activate() -> None:
     try:
         __import__("nxdi_expertscale")
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())
         # There is no stderr in a process that was started with it closed.
         if sys.stderr is not None:

@@ -12,9 +12,10 @@ import torch
 
 from nxdi_expertscale import fp8, scales
 from nxdi_expertscale.checkpoint.manifest import MANIFEST, read_manifest
+from nxdi_expertscale.checkpoint.model import open_model
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores, for_each
 from nxdi_expertscale.checkpoint.pieces import row_ranges
-from nxdi_expertscale.checkpoint.source import CONFIG, TensorReader, open_checkpoint
+from nxdi_expertscale.checkpoint.source import TensorReader
 from nxdi_expertscale.checkpoint.tensors import (
     Weight,
     check_architecture,
@@ -22,8 +23,7 @@ from nxdi_expertscale.checkpoint.tensors import (
     scheme_of,
 )
 from nxdi_expertscale.checkpoint.values import ValueReader
-from nxdi_expertscale.families import ExpertTensor, require_family
-from nxdi_expertscale.plugins import known_families
+from nxdi_expertscale.families import ExpertTensor
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,7 @@ def inspect_checkpoint(
     Raises:
         CheckpointError: It is not a checkpoint of a supported model.
     """
-    checkpoint = open_checkpoint(folder)
-    family = require_family(
-        checkpoint.config.get("model_type"), known_families(), str(checkpoint.folder / CONFIG)
-    )
+    checkpoint, family = open_model(folder)
     weights = read_weights(checkpoint, family)
     check_architecture(checkpoint, family)
     experts = [weight for weight in weights if weight.expert is not None]

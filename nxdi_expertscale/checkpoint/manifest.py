@@ -140,6 +140,18 @@ def is_untouched(folder: str | os.PathLike[str]) -> bool:
     )
 
 
+def tensor_names(folder: str | os.PathLike[str]) -> set[str]:
+    """Names of the tensors of a finished folder, as its index has them.
+
+    Raises:
+        CheckpointError: The index is missing or damaged.
+    """
+    weight_map = read_json(Path(folder).resolve(), INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{Path(folder) / INDEX}: has no weight_map; run quantize again")
+    return set(weight_map)
+
+
 def normalized(exclusions: Sequence[str]) -> tuple[str, ...]:
     """Exclusions as they are compared: the order and repetitions mean nothing."""
     return tuple(sorted(set(exclusions)))

@@ -11,7 +11,7 @@ from nxdi_expertscale.checkpoint.manifest import read_manifest
 from nxdi_expertscale.checkpoint.plan import effective_exclusions
 from nxdi_expertscale.checkpoint.source import CONFIG, read_json
 from nxdi_expertscale.checkpoint.tensors import size_in
-from nxdi_expertscale.families import require_family
+from nxdi_expertscale.families import language_config, require_family
 from nxdi_expertscale.plugins import known_families
 
 
@@ -55,8 +55,8 @@ def neuron_settings(
     manifest = read_manifest(path)
     config = read_json(path, CONFIG)
     family = require_family(config.get("model_type"), known_families(), str(path / CONFIG))
-    exclusions = effective_exclusions(config, manifest.modules_to_not_convert)
-    layers = size_in(config, "num_hidden_layers", path / CONFIG)
+    exclusions = effective_exclusions(config, family, manifest.modules_to_not_convert)
+    layers = size_in(language_config(config), "num_hidden_layers", path / CONFIG)
     quantization: dict[str, Any] = {
         "quantized": True,
         "quantized_checkpoints_path": str(path),

@@ -22,7 +22,7 @@ from nxdi_expertscale.checkpoint.tensors import (
     module_of,
     read_weights,
 )
-from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.families import MoEFamily, ties_embeddings
 
 LM_HEAD = "lm_head"
 
@@ -151,7 +151,8 @@ def make_plan(
             experts, or has shapes that disagree with its config.
         ConfigurationError: An exclusion names a part of a fused weight.
     """
-    exclusions = effective_exclusions(checkpoint.config, modules_to_not_convert)
+    asked = tuple(modules_to_not_convert)
+    exclusions = effective_exclusions(checkpoint.config, family, asked)
     weights = read_weights(checkpoint, family)
     check_architecture(checkpoint, family)
     full_precision = _full_precision(checkpoint.config)
@@ -164,17 +165,17 @@ def make_plan(
         index={"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         config=_output_config(checkpoint.config, planned),
         exclusions=exclusions,
-        unused_exclusions=tuple(_unused(exclusions, weights, family)),
+        unused_exclusions=tuple(_unused(asked, weights, family)),
     )
 
 
-def effective_exclusions(config: Mapping[str, Any], asked: Iterable[str]) -> tuple[str, ...]:
-    """Exclusions as asked for, and as a model needs: tied embeddings exclude ``lm_head``."""
-    exclusions = tuple(dict.fromkeys(asked))
-    if config.get("tie_word_embeddings") is True and LM_HEAD not in exclusions:
-        # One table serves both ends of the model, and a table of embeddings has no scales.
-        return (*exclusions, LM_HEAD)
-    return exclusions
+def effective_exclusions(
+    config: Mapping[str, Any], family: MoEFamily, asked: Iterable[str]
+) -> tuple[str, ...]:
+    """Exclusions as asked for, as the family needs, and ``lm_head`` with tied embeddings."""
+    # One table then serves both ends of the model, and a table of embeddings has no scales.
+    tied = (LM_HEAD,) if ties_embeddings(config) else ()
+    return tuple(dict.fromkeys((*asked, *family.full_precision, *tied)))
 
 
 def _unused(
@@ -186,14 +187,30 @@ def _unused(
             yield exclusion
 
 
-def _planned(
-    weight: Weight, family: MoEFamily, exclusions: Collection[str], full_precision: str
-) -> PlannedTensor:
-    if (
+def quantized_tensors(
+    checkpoint: Checkpoint, family: MoEFamily, modules_to_not_convert: Iterable[str]
+) -> set[str]:
+    """Names of the tensors that a plan with these exclusions quantizes; see :func:`make_plan`."""
+    exclusions = effective_exclusions(checkpoint.config, family, modules_to_not_convert)
+    return {
+        weight.tensor.name
+        for weight in read_weights(checkpoint, family)
+        if _is_to_be_quantized(weight, family, exclusions)
+    }
+
+
+def _is_to_be_quantized(weight: Weight, family: MoEFamily, exclusions: Collection[str]) -> bool:
+    return (
         weight.is_linear
         and not family.is_router_key(weight.tensor.name)
         and not family.excludes(weight.module, exclusions)
-    ):
+    )
+
+
+def _planned(
+    weight: Weight, family: MoEFamily, exclusions: Collection[str], full_precision: str
+) -> PlannedTensor:
+    if _is_to_be_quantized(weight, family, exclusions):
         return PlannedTensor(weight, Treatment.QUANTIZE, FP8)
     if weight.scale is not None:
         return PlannedTensor(weight, Treatment.DEQUANTIZE, full_precision)

@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 
 from nxdi_expertscale.checkpoint import digests
 from nxdi_expertscale.checkpoint.manifest import Manifest, SourceRecord, normalized, read_manifest
+from nxdi_expertscale.checkpoint.model import open_model
 from nxdi_expertscale.checkpoint.parallel import available_cores, for_each
 from nxdi_expertscale.checkpoint.pieces import row_ranges
+from nxdi_expertscale.checkpoint.plan import quantized_tensors
 from nxdi_expertscale.checkpoint.source import (
     CONFIG,
     Checkpoint,
     TensorReader,
     checked_file,
-    open_checkpoint,
 )
 from nxdi_expertscale.checkpoint.tensor_file import StoredTensor
+from nxdi_expertscale.families import require_family
+from nxdi_expertscale.plugins import known_families
 
 
 def source_state(source: Checkpoint) -> dict[str, SourceRecord]:
@@ -89,19 +92,13 @@ def mismatch(
     Raises:
         CheckpointError: The folder has no manifest, or the source is malformed.
     """
-    return mismatch_of(read_manifest(folder), open_checkpoint(src), modules_to_not_convert)
+    return mismatch_of(read_manifest(folder), open_model(src)[0], modules_to_not_convert)
 
 
 def mismatch_of(
     manifest: Manifest, source: Checkpoint, modules_to_not_convert: Sequence[str]
 ) -> str | None:
     """The same for a manifest and a source that are read already; see :func:`mismatch`."""
-    asked = normalized(modules_to_not_convert)
-    if manifest.modules_to_not_convert != asked:
-        return (
-            f"made with other settings: modules_to_not_convert was "
-            f"{list(manifest.modules_to_not_convert)}, and is {list(asked)}"
-        )
     state = source_state(source)
     recorded = {record.name: record for record in manifest.source}
     if set(recorded) != set(state):
@@ -109,9 +106,25 @@ def mismatch_of(
     for name, record in recorded.items():
         if state[name].size != record.size:
             return f"made from another source: {name} has another size"
+    if not _says_the_same(manifest.modules_to_not_convert, modules_to_not_convert, source):
+        return (
+            f"made with other settings: modules_to_not_convert was "
+            f"{list(manifest.modules_to_not_convert)}, and is "
+            f"{list(normalized(modules_to_not_convert))}"
+        )
     if all(state[name].mtime_ns == record.mtime_ns for name, record in recorded.items()):
         return None
     for found in source_records(source, state, digest_tensors(source)):
         if found.digest != recorded[found.name].digest:
             return f"made from another source: {found.name} has other content"
     return None
+
+
+def _says_the_same(made_with: Sequence[str], asked: Sequence[str], source: Checkpoint) -> bool:
+    # The settings that NxDI is given name the modules of both worlds, and may name the router.
+    if normalized(made_with) == normalized(asked):
+        return True
+    family = require_family(
+        source.config.get("model_type"), known_families(), str(source.folder / CONFIG)
+    )
+    return quantized_tensors(source, family, made_with) == quantized_tensors(source, family, asked)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from nxdi_expertscale.checkpoint.manifest import (
     read_manifest,
     render_json,
 )
+from nxdi_expertscale.checkpoint.model import open_model
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores
 from nxdi_expertscale.checkpoint.plan import Plan, make_plan
 from nxdi_expertscale.checkpoint.provenance import mismatch_of, source_records, source_state
@@ -26,13 +29,10 @@ from nxdi_expertscale.checkpoint.source import (
     Checkpoint,
     checked_file,
     companions,
-    open_checkpoint,
 )
 from nxdi_expertscale.checkpoint.staging import WORK, Staging, digests_of_tensors, is_complete
 from nxdi_expertscale.checkpoint.stream import write_shards
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
-from nxdi_expertscale.families import require_family
-from nxdi_expertscale.plugins import known_families
 from nxdi_expertscale.version import __version__
 
 MAX_SHARD_BYTES = 1_000_000_000
@@ -101,16 +101,13 @@ def quantize_checkpoint(
     """
     started = time.perf_counter()
     _check_settings(modules_to_not_convert, workers, max_shard_bytes)
-    source = open_checkpoint(src)
-    family = require_family(
-        source.config.get("model_type"), known_families(), str(source.folder / CONFIG)
-    )
+    source, family = open_model(src)
     plan = make_plan(source, family, modules_to_not_convert, max_shard_bytes)
     destination = Path(dst).absolute()
     _check_destination(source, destination, overwrite)
     _check_space(plan, destination)
     meter = Meter(sum(shard.source_bytes for shard in plan.shards), progress)
-    with Staging(destination) as staging:
+    with _explained(destination), Staging(destination) as staging:
         # What an earlier run had complete and not yet moved is this run's result, if it fits.
         if staging.publish() and (
             mismatch_of(read_manifest(destination), source, modules_to_not_convert) is None
@@ -150,6 +147,20 @@ def quantize_checkpoint(
         modules_to_not_convert=plan.exclusions,
         unused_exclusions=plan.unused_exclusions,
     )
+
+
+@contextmanager
+def _explained(destination: Path) -> Iterator[None]:
+    """Say of a full disk what to do, and which it is: the system names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise CheckpointError(
+            f"{destination}: the disk is full; free some space and run the same again, it goes "
+            "on from the files that are finished"
+        ) from error
 
 
 def _write_companions(staging: Staging, source: Checkpoint, plan: Plan) -> list[str]:

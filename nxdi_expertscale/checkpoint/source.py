@@ -10,8 +10,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from nxdi_expertscale.checkpoint.pieces import as_rows
-from nxdi_expertscale.checkpoint.tensor_file import StoredTensor, parse_json, read_tensors
+from nxdi_expertscale.checkpoint.tensor_file import (
+    ITEM_SIZES,
+    StoredTensor,
+    parse_json,
+    read_tensors,
+)
 from nxdi_expertscale.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -216,10 +223,29 @@ class TensorReader:
 
     def read_rows(self, tensor: StoredTensor, rows: range) -> bytearray:
         """The bytes of some rows of a tensor."""
-        row_bytes = tensor.nbytes // as_rows(tensor.shape)[0]
-        data = bytearray(len(rows) * row_bytes)
-        self.read_into(memoryview(data), tensor.file, tensor.offset + rows.start * row_bytes)
+        data = bytearray(len(rows) * (tensor.nbytes // as_rows(tensor.shape)[0]))
+        self.read_rows_into(memoryview(data), tensor, rows)
         return data
+
+    def read_rows_into(self, buffer: memoryview, tensor: StoredTensor, rows: range) -> None:
+        """Fill a buffer with the bytes of some rows of a tensor, in order.
+
+        Raises:
+            CheckpointError: The file ends before, so it was cut after its header was read.
+        """
+        row_bytes = len(buffer) // max(1, len(rows))
+        if tensor.pitch is None:
+            self.read_into(buffer, tensor.file, tensor.offset + rows.start * row_bytes)
+            return
+        item = ITEM_SIZES[tensor.dtype]
+        inputs, width = tensor.shape[1], len(rows) * item
+        transposed = bytearray(inputs * width)
+        view = memoryview(transposed)
+        for number in range(inputs):
+            offset = tensor.offset + (number * tensor.pitch + rows.start) * item
+            self.read_into(view[number * width : (number + 1) * width], tensor.file, offset)
+        by_input = np.frombuffer(transposed, f"u{item}").reshape(inputs, len(rows))
+        np.frombuffer(buffer, f"u{item}").reshape(len(rows), inputs)[...] = by_input.T
 
     def close(self) -> None:
         """Close the files."""

@@ -20,7 +20,7 @@ import filelock
 
 from nxdi_expertscale.checkpoint.manifest import MANIFEST, FileRecord, read_manifest
 from nxdi_expertscale.checkpoint.source import INDEX
-from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.errors import CheckpointInUseError
 
 WORK = ".nxdi-expertscale"
 _LOCK = "lock"
@@ -72,7 +72,7 @@ class Staging:
         try:
             self._lock.acquire()
         except filelock.Timeout:
-            raise CheckpointError(
+            raise CheckpointInUseError(
                 f"{self._destination}: another run is writing to it; wait for its end, or name "
                 "another folder"
             ) from None

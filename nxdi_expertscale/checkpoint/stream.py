@@ -80,10 +80,16 @@ def write_shards(
                 # Waiting for the disk is left to a thread that does nothing else.
                 finished.append(finisher.submit(piece.shard.finish))
 
-        for_each(work, _pieces(todo, staging), workers)
-        for future in finished:
-            record = future.result()
-            records[record.file.name] = record
+        opened: list[_OpenShard] = []
+        try:
+            for_each(work, _pieces(todo, staging, opened), workers)
+            for future in finished:
+                record = future.result()
+                records[record.file.name] = record
+        finally:
+            finisher.shutdown()
+            for open_shard in opened:
+                open_shard.close()
     return records, resumed
 
 
@@ -93,7 +99,7 @@ def _fingerprint(shard: ShardPlan, files: Mapping[str, SourceRecord]) -> str:
     used: set[str] = set()
     for planned in shard.tensors:
         tensor, scale = planned.weight.tensor, planned.weight.scale
-        recipe.append([tensor.name, tensor.file, tensor.offset, tensor.dtype])
+        recipe.append([tensor.name, tensor.file, tensor.offset, tensor.pitch, tensor.dtype])
         used.add(tensor.file)
         if scale is not None:
             recipe.append([scale.tensor.file, scale.tensor.offset, scale.rows, scale.columns])
@@ -120,13 +126,12 @@ class _OpenShard:
             self._pieces_left += count
         self._lock = threading.Lock()
         staging.forget(plan.name)
-        with self._path.open("wb", buffering=0) as file:
-            file.write(plan.header)
-        self._descriptor = os.open(self._path, os.O_WRONLY)
+        self._file = self._path.open("wb", buffering=0)
+        self.write(memoryview(plan.header), 0)
 
     def write(self, data: memoryview, offset: int) -> None:
         while data:
-            count = os.pwrite(self._descriptor, data, offset)
+            count = os.pwrite(self._file.fileno(), data, offset)
             data = data[count:]
             offset += count
 
@@ -136,10 +141,13 @@ class _OpenShard:
             self._pieces_left -= 1
             return self._pieces_left == 0
 
+    def close(self) -> None:
+        self._file.close()
+
     def finish(self) -> ShardRecord:
         """Put the shard on the disk and record that it is complete."""
-        os.fsync(self._descriptor)
-        os.close(self._descriptor)
+        os.fsync(self._file.fileno())
+        self.close()
         record = ShardRecord(
             fingerprint=self._fingerprint,
             file=file_record(self._path),
@@ -162,9 +170,13 @@ class _Piece:
     rows: range
 
 
-def _pieces(todo: Iterable[tuple[ShardPlan, str]], staging: Staging) -> Iterator[_Piece]:
+def _pieces(
+    todo: Iterable[tuple[ShardPlan, str]], staging: Staging, opened: list[_OpenShard]
+) -> Iterator[_Piece]:
+    """The pieces of all shards; each shard is opened, and noted, when its first piece is due."""
     for plan, fingerprint in todo:
         shard = _OpenShard(plan, fingerprint, staging)
+        opened.append(shard)
         for planned in plan.tensors:
             for number, rows in enumerate(row_ranges(planned.weight.tensor.shape)):
                 yield _Piece(shard, planned, number, rows)

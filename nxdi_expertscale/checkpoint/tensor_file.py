@@ -53,6 +53,8 @@ class StoredTensor:
         shape: Its shape.
         file: Name of the file in the checkpoint's folder.
         offset: Where its bytes start, from the start of the file.
+        pitch: For a weight ``[out, in]`` that lies transposed within a larger tensor: elements
+            from one input to the next. None where its bytes are together and in order.
     """
 
     name: str
@@ -60,6 +62,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     file: str
     offset: int
+    pitch: int | None = None
 
     @property
     def nbytes(self) -> int:

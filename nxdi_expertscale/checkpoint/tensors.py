@@ -15,7 +15,12 @@ from typing import Any
 from nxdi_expertscale.checkpoint.source import CONFIG, Checkpoint
 from nxdi_expertscale.checkpoint.tensor_file import StoredTensor
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families import ExpertTensor, MoEFamily
+from nxdi_expertscale.families import (
+    ExpertTensor,
+    MoEFamily,
+    language_config,
+    ties_embeddings,
+)
 
 FLOATS = ("BF16", "F16", "F32")
 """Dtypes of weights that hold their values as they are."""
@@ -218,7 +223,7 @@ def _is_linear(tensor: StoredTensor, family: MoEFamily) -> bool:
     return (
         kind == "weight"
         and len(tensor.shape) == 2
-        and module.removeprefix("model.") != family.embeddings
+        and module not in family.paths(family.embeddings)
     )
 
 
@@ -250,7 +255,7 @@ def check_architecture(checkpoint: Checkpoint, family: MoEFamily) -> None:
     Raises:
         CheckpointError: They are not; the message names the first tensor.
     """
-    config, where = checkpoint.config, checkpoint.folder / CONFIG
+    config, where = language_config(checkpoint.config), checkpoint.folder / CONFIG
     layers = size_in(config, "num_hidden_layers", where)
     hidden = size_in(config, "hidden_size", where)
     vocabulary = size_in(config, "vocab_size", where)
@@ -267,13 +272,13 @@ def check_architecture(checkpoint: Checkpoint, family: MoEFamily) -> None:
             found[place.layer].add((place.expert, place.projection))
             shape = (hidden, inner) if place.projection == family.down else (inner, hidden)
             _expect_shape(checkpoint, tensor, shape)
-    _expect_tensor(checkpoint, f"{family.embeddings}.weight", (vocabulary, hidden))
-    if config.get("tie_word_embeddings") is not True:
-        _expect_tensor(checkpoint, "lm_head.weight", (vocabulary, hidden))
+    _expect_tensor(checkpoint, family, f"{family.embeddings}.weight", (vocabulary, hidden))
+    if not ties_embeddings(checkpoint.config):
+        _expect_tensor(checkpoint, family, f"{family.head}.weight", (vocabulary, hidden))
     for layer in range(layers):
         if found[layer] or not _is_dense(checkpoint, family, layer):
             _expect_experts(checkpoint, family, layer, found[layer], experts)
-            _expect_tensor(checkpoint, family.router_key(layer), (experts, hidden))
+            _expect_tensor(checkpoint, family, family.router_key(layer), (experts, hidden))
     beyond = [layer for layer in found if layer >= layers]
     if beyond:
         raise CheckpointError(
@@ -314,9 +319,9 @@ def _is_dense(checkpoint: Checkpoint, family: MoEFamily, layer: int) -> bool:
     """Whether a layer has a plain feed-forward part where others have experts."""
     block = module_of(family.router_key(layer)).rpartition(".")[0]
     return any(
-        f"{prefix}{block}.{projection}.weight" in checkpoint.tensors
-        for prefix in ("", "model.")
+        path in checkpoint.tensors
         for projection in family.projections
+        for path in family.paths(f"{block}.{projection}.weight")
     )
 
 
@@ -332,8 +337,11 @@ def size_in(config: Mapping[str, Any], name: str, where: Path) -> int:
     return value
 
 
-def _expect_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> None:
-    tensor = checkpoint.tensors.get(f"model.{name}") or checkpoint.tensors.get(name)
+def _expect_tensor(
+    checkpoint: Checkpoint, family: MoEFamily, name: str, shape: tuple[int, int]
+) -> None:
+    found = (checkpoint.tensors.get(path) for path in family.paths(name))
+    tensor = next((tensor for tensor in found if tensor is not None), None)
     if tensor is None:
         raise CheckpointError(
             f"{checkpoint.folder}: {name}: is missing; download the checkpoint again, completely"

@@ -69,7 +69,7 @@ class ValueReader:
         total, columns = as_rows(tensor.shape)
         row_bytes = tensor.nbytes // total
         raw = self.buffers.take("raw", (len(rows) * row_bytes,))
-        self._reader.read_into(as_bytes(raw), tensor.file, tensor.offset + rows.start * row_bytes)
+        self._reader.read_rows_into(as_bytes(raw), tensor, rows)
         dtype = TORCH_DTYPES.get(tensor.dtype)
         return raw if dtype is None else raw.view(dtype).view(len(rows), columns)
 

@@ -14,22 +14,16 @@ import torch
 
 from nxdi_expertscale import fp8
 from nxdi_expertscale.checkpoint.manifest import FileRecord, Manifest, file_record, read_manifest
+from nxdi_expertscale.checkpoint.model import open_model
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores, for_each
 from nxdi_expertscale.checkpoint.pieces import row_ranges
 from nxdi_expertscale.checkpoint.plan import effective_exclusions
 from nxdi_expertscale.checkpoint.provenance import mismatch_of
-from nxdi_expertscale.checkpoint.source import (
-    CONFIG,
-    Checkpoint,
-    TensorReader,
-    checked_file,
-    open_checkpoint,
-)
+from nxdi_expertscale.checkpoint.source import Checkpoint, TensorReader, checked_file
 from nxdi_expertscale.checkpoint.tensors import Weight, check_architecture, read_weights
 from nxdi_expertscale.checkpoint.values import TORCH_DTYPES, ValueReader
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families import MoEFamily, require_family
-from nxdi_expertscale.plugins import known_families
+from nxdi_expertscale.families import MoEFamily
 
 OUTSIDE_LAYERS = "head"
 """What stands for a layer where a tensor belongs to none."""
@@ -102,21 +96,18 @@ def verify_checkpoint(
     """
     path = Path(folder).absolute()
     manifest = read_manifest(path)
-    source = None if against is None else open_checkpoint(against)
+    source = None if against is None else open_model(against)[0]
     cores = workers or available_cores()
     records = (*manifest.shards, *manifest.files)
     faults = _check_files(path.resolve(), records, cores)
     layers: tuple[LayerError, ...] = ()
     try:
-        checkpoint = open_checkpoint(path)
-        family = require_family(
-            checkpoint.config.get("model_type"), known_families(), str(path / CONFIG)
-        )
+        checkpoint, family = open_model(path)
         weights = read_weights(checkpoint, family)
         check_architecture(checkpoint, family)
     except CheckpointError as error:
         return Verification(path, (*faults, Fault(str(path), str(error))), len(records), 0, ())
-    exclusions = effective_exclusions(checkpoint.config, manifest.modules_to_not_convert)
+    exclusions = effective_exclusions(checkpoint.config, family, manifest.modules_to_not_convert)
     faults += _check_treatments(weights, family, exclusions)
     quantized = sum(weight.scale is not None for weight in weights)
     if source is None:

@@ -11,7 +11,13 @@ from collections.abc import Iterable, Sequence
 from nxdi_expertscale.activation import Patch
 from nxdi_expertscale.families import BUILT_IN, MoEFamily
 from nxdi_expertscale.hookspecs import hookimpl
-from nxdi_expertscale.patches import config, inference_demo, model_wrapper, state_dict
+from nxdi_expertscale.patches import (
+    application_base,
+    config,
+    inference_demo,
+    model_wrapper,
+    state_dict,
+)
 
 
 @hookimpl
@@ -27,5 +33,6 @@ def nxdi_patches(families: Sequence[MoEFamily]) -> Iterable[Patch]:
         *config.patches(families),
         *model_wrapper.patches(families),
         *state_dict.patches(families),
+        *application_base.patches(families),
         *inference_demo.patches(),
     ]

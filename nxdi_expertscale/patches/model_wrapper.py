@@ -80,8 +80,11 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
             name for name, layer in expert_layers(model).items() if not _quantization_type(layer)
         ]
         neuron_config = getattr(getattr(model, "config", None), "neuron_config", None)
-        # A call with an include list is not the one that NxDI makes.
-        if not experts or neuron_config is None or call.arguments.get("include") is not None:
+        # NxDI gives its settings, and never an include list.
+        is_nxdis = (
+            call.arguments.get("include") is None and call.arguments.get("q_config") is not None
+        )
+        if not experts or neuron_config is None or not is_nxdis:
             return wrapped(*args, **kwargs)
         family = flag.family_of_model(model.config, families)
         if family is None:
@@ -89,10 +92,10 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
             return wrapped(*args, **kwargs)
         strange = [name for name in experts if family.layer_of_module(name) is None]
         if flag.is_on(neuron_config):
-            require(seams.needed_by_model(family))
+            require(seams.needed_by_model(family), load=True)
             if strange:
                 raise _not_as_known(f"{strange[0]} is not one of {family.expert_mlps}")
-        elif strange or unmet(seams.needed_by_model(family)) is not None:
+        elif strange or unmet(seams.needed_by_model(family), load=True) is not None:
             return wrapped(*args, **kwargs)
         _check_dtype(neuron_config, call.arguments["q_config"])
         excluded = list(call.arguments.get("modules_to_not_convert") or ())

@@ -11,6 +11,7 @@ CONFIG_TO_JSON = "config_to_json"
 CONFIG_FROM_JSON = "config_from_json"
 QUANTIZATION = "quantization"
 LOAD_MODULE = "load_module"
+SAVE_QUANTIZED = "save_quantized"
 INFERENCE_DEMO = "inference_demo"
 
 
@@ -20,7 +21,11 @@ def state_dict(family: MoEFamily) -> str:
 
 
 def needed_by_config() -> tuple[str, ...]:
-    """The seams that every model needs."""
+    """The seams that every model needs.
+
+    Not among them: ``save_quantized``, without which NxDI makes the checkpoint itself, one that
+    loads as well; and ``inference_demo``, which is one way to set the flag.
+    """
     return (
         CONFIG,
         INFERENCE_CONFIG,

@@ -84,9 +84,9 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
             return wrapped(*args, **kwargs)
         if flag.is_on(neuron_config):
             flag.check_neuron_config(neuron_config)
-            require(seams.needed_by_model(family))
+            require(seams.needed_by_model(family), load=True)
         else:
-            reason = unmet(seams.needed_by_model(family))
+            reason = unmet(seams.needed_by_model(family), load=True)
             if reason is not None:
                 _logger.warning("the experts' scales are left to NxDI: %s", reason)
                 return wrapped(*args, **kwargs)
@@ -118,8 +118,9 @@ def take_out_scales(
     experts = family.experts_of(config)
     if experts is None:
         raise _not_as_known(family, f"its config has none of {', '.join(family.num_experts)}")
+    check_range = not _is_vouched_for(state_dict, config.neuron_config)
     found = [
-        expert_scales.collect(state_dict, family, layer, experts)
+        expert_scales.collect(state_dict, family, layer, experts, check_range=check_range)
         for layer in range(config.num_hidden_layers)
     ]
     layers = [layer for layer in found if layer is not None]
@@ -174,6 +175,10 @@ def put_in_scales(
                     f"{key} belongs to a fused weight of shape {shape}, where "
                     f"[{scale.shape[0]}, in, out] was expected",
                 )
+            if not layer.describe(fused, weight):
+                raise _not_as_known(
+                    family, f"{key} belongs to a weight that is not fused as it is known to be"
+                )
             if key in converted:
                 raise _not_as_known(family, f"NxDI makes {key} itself")
             layout = scale if expert_wise else scales.average(scale)
@@ -184,12 +189,6 @@ def put_in_scales(
             converted[key] = padded
             if getattr(neuron_config, "hybrid_sharding_config", None) is not None:
                 converted[_generation_key(key)] = padded.clone()
-
-
-def _generation_key(key: str) -> str:
-    # Hybrid sharding has a second set of a layer's experts, cut otherwise, for token generation.
-    # NxD's preshard hook (modules/moe/expert_mlps_v2.py) copies the weights for it, not the scales.
-    return key.replace(".mlp_op.", ".mlp_op_tkg.")
 
 
 def _refuse_lost_scales(converted: Mapping[str, torch.Tensor], family: MoEFamily) -> None:
@@ -207,6 +206,12 @@ def _not_as_known(family: MoEFamily, difference: str) -> IncompatibleUpstreamErr
         f"the experts' scales cannot be fused with this NxDI: seam {seams.state_dict(family)!r} "
         f"({family.converter}): {difference}. Install a release that is supported"
     )
+
+
+def _generation_key(key: str) -> str:
+    # Hybrid sharding has a second set of a layer's experts, cut otherwise, for token generation.
+    # NxD's preshard hook (modules/moe/expert_mlps_v2.py) copies the weights for it, not the scales.
+    return key.replace(".mlp_op.", ".mlp_op_tkg.")
 
 
 def _warn_of_averaging(layers: Sequence[LayerScales]) -> None:
@@ -308,3 +313,29 @@ def _dequantized_routers(
 
 def _scale_name(weight_key: str) -> str:
     return weight_key.removesuffix("weight") + "scale"
+
+
+def _is_vouched_for(state_dict: Mapping[str, torch.Tensor], neuron_config: Any) -> bool:
+    """Whether a state dict is that of a finished folder of ours, whose weights are in range.
+
+    The state dict of a draft is converted with the same settings, and comes from another folder:
+    the names have to be those of the manifest's folder.
+    """
+    from nxdi_expertscale.checkpoint.manifest import is_untouched, tensor_names
+
+    folder = getattr(neuron_config, "quantized_checkpoints_path", None)
+    if not folder:
+        return False
+    try:
+        names = tensor_names(folder) if is_untouched(folder) else None
+    except CheckpointError as error:
+        _logger.warning("the range of every weight is checked: %s", error)
+        return False
+    return names is not None and all(_name_in_state_dict(name) in state_dict for name in names)
+
+
+def _name_in_state_dict(name: str) -> str:
+    # Upstream: application_base.py, get_state_dict.
+    name = name.removeprefix("model.")
+    is_scale = name.endswith(".weight_scale")
+    return name.removesuffix("weight_scale") + "scale" if is_scale else name

@@ -48,3 +48,53 @@ def test_several_experts_at_once_give_what_each_gives_alone() -> None:
         alone, alone_scale = fp8.quantize_per_channel(weight[expert])
         assert torch.equal(quantized[expert].view(torch.uint8), alone.view(torch.uint8))
         assert torch.equal(scale[expert], alone_scale)
+
+
+@pytest.mark.parametrize("magnitude", [1e-6, 1.0, 240.0, 3e38])
+def test_no_quotient_is_cast_to_more_than_240(magnitude: float) -> None:
+    weight = torch.rand(64, 257, generator=torch.Generator().manual_seed(2)) * magnitude
+
+    quantized, scale = fp8.quantize_per_channel(weight)
+
+    clamped = (weight / scale).clamp(-fp8.E4M3_MAX, fp8.E4M3_MAX).to(torch.float8_e4m3fn)
+    assert torch.equal(quantized.view(torch.uint8), clamped.view(torch.uint8))
+
+
+def test_buffers_that_are_given_change_nothing() -> None:
+    weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(3))
+    expected, expected_scale = fp8.quantize_per_channel(weight)
+    work, out = weight.clone(), torch.zeros(16, 24, dtype=torch.float8_e4m3fn)
+
+    quantized, scale = fp8.quantize_per_channel(work, scratch=work, out=out)
+
+    assert quantized.data_ptr() == out.data_ptr()
+    assert torch.equal(quantized.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_channel_with_a_value_that_is_no_number_has_no_finite_scale(bad: float) -> None:
+    weight = torch.ones(3, 4)
+    weight[1, 2] = bad
+
+    _, scale = fp8.quantize_per_channel(weight)
+
+    assert torch.isfinite(scale).flatten().tolist() == [True, False, True]
+
+
+def test_every_byte_is_decoded_as_torch_decodes_it() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+
+    decoded = fp8.decode(every, out=torch.empty(256))
+
+    torch.testing.assert_close(decoded, every.float(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(decoded.signbit(), every.float().signbit() & ~decoded.isnan())
+
+
+@pytest.mark.parametrize("columns", [3, 4, 8, 10])
+def test_scales_of_blocks_hold_to_the_edge(columns: int) -> None:
+    scale = torch.tensor([[2.0, 3.0, 5.0], [7.0, 11.0, 13.0]])[:, : -(-columns // 4)]
+
+    found = fp8.scale_blocks_(torch.ones(2, columns), scale, 4)
+
+    assert torch.equal(found, scale.repeat_interleave(4, dim=1)[:, :columns])

@@ -388,7 +388,7 @@ class TestGoingOn:
             write(shard, data, offset)
 
         monkeypatch.setattr(_OpenShard, "write", fail_late)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(CheckpointError, match="the disk is full; free some space"):
             quantize_checkpoint(src, tmp_path / "dst", max_shard_bytes=SMALL)
         monkeypatch.setattr(_OpenShard, "write", write)
 

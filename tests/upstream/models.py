@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -61,6 +65,74 @@ def save_qwen3_moe(folder: Path, *, spread: float = 1.0, experts: int = EXPERTS)
                     projection.weight.mul_(factor / spread)
     model.save_pretrained(folder)
     return folder
+
+
+def save_mixtral(folder: Path, *, spread: float = 1.0) -> Path:
+    """Write a Mixtral; see :func:`save_qwen3_moe`."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        **_COMMON,
+        intermediate_size=MOE_INTERMEDIATE_SIZE,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        sliding_window=None,
+    )
+    model = MixtralForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for number, expert in enumerate(layer.block_sparse_moe.experts):
+                for projection in (expert.w1, expert.w3, expert.w2):
+                    projection.weight.mul_(_factor(number, spread))
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_llama4(folder: Path, *, spread: float = 1.0) -> Path:
+    """Write a Llama 4 that also sees, as the published ones are; see :func:`save_qwen3_moe`.
+
+    Every second layer has experts, one tensor for all of them, beside one that is shared.
+    """
+    torch.manual_seed(0)
+    text = {
+        **_COMMON,
+        "intermediate_size": MOE_INTERMEDIATE_SIZE,
+        "intermediate_size_mlp": 96,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "attn_temperature_tuning": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "vision_output_dim": 32,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+    }
+    tokens = {"boi_token_index": 120, "eoi_token_index": 121, "image_token_index": 122}
+    model = Llama4ForConditionalGeneration(
+        Llama4Config(text_config={**text, "num_hidden_layers": 4}, vision_config=vision, **tokens)
+    )
+    with torch.no_grad():
+        for layer in model.language_model.model.layers[1::2]:
+            for stacked in (
+                layer.feed_forward.experts.gate_up_proj,
+                layer.feed_forward.experts.down_proj,
+            ):
+                for number, expert in enumerate(stacked.normal_(0, 0.1)):
+                    expert.mul_(_factor(number, spread))
+    model.save_pretrained(folder)
+    return folder
+
+
+def _factor(expert: int, spread: float) -> float:
+    return spread ** (expert / (EXPERTS - 1)) / spread
 
 
 def save_qwen3(folder: Path) -> Path:

@@ -6,6 +6,8 @@ The steps are those that NxDI takes on the device, called one by one because its
 
 from __future__ import annotations
 
+import importlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,6 @@ from neuronx_distributed.trace.trace import get_sharded_checkpoint
 from neuronx_distributed_inference.models.application_base import init_custom_process_group_fn
 from neuronx_distributed_inference.models.config import MoENeuronConfig
 from neuronx_distributed_inference.models.model_wrapper import DecoderModelInstance
-from neuronx_distributed_inference.models.qwen3_moe.modeling_qwen3_moe import (
-    NeuronQwen3MoeForCausalLM,
-    Qwen3MoeInferenceConfig,
-)
 from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
 
 from tests.upstream import models
@@ -34,16 +32,38 @@ FP8: dict[str, Any] = {
 ROUTER = "mlp.gate"
 """What has to be in ``modules_to_not_convert``, or the router is quantized too."""
 
+_APPLICATIONS = {
+    "qwen3_moe": ("qwen3_moe.modeling_qwen3_moe", "NeuronQwen3MoeForCausalLM"),
+    "mixtral": ("mixtral.modeling_mixtral", "NeuronMixtralForCausalLM"),
+    "llama4": ("llama4.modeling_llama4_text", "NeuronLlama4TextForCausalLM"),
+}
+"""For each ``model_type``, the module under NxDI's ``models`` and its application."""
+
+_FEED_FORWARD = ("mlp", "block_sparse_moe", "feed_forward")
+"""Names of a layer's feed-forward part, in Hugging Face's models and in NxDI's."""
+
+_OTHER_MODELS = ("vision_model.", "multi_modal_projector.")
+"""What a checkpoint holds beside the language model."""
+
 _NOT_IN_CHECKPOINTS = (
     "kv_mgr.",
     # The ranks of attention, which releases before 0.7 do not write.
     ".rank_util.rank",
     # A quantized weight's second name in ahead-of-time mode; the same parameter.
     ".master_weight",
-    # Second paths of fused token generation to what is there already.
+    # What fused token generation has under a second name; the same parameters.
     ".moe_fused_tkg.",
+    ".moe.rmsnorm.",
     ".mlp.rmsnorm.",
 )
+
+
+def application_cls(checkpoint: Path) -> Any:
+    """NxDI's application of a Hugging Face model."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    module, name = _APPLICATIONS[config["model_type"]]
+    models_of_nxdi = "neuronx_distributed_inference.models"
+    return getattr(importlib.import_module(f"{models_of_nxdi}.{module}"), name)
 
 
 def inference_config(checkpoint: Path, **settings: Any) -> Any:
@@ -62,9 +82,10 @@ def inference_config(checkpoint: Path, **settings: Any) -> Any:
             **settings,
         }
     )
-    return Qwen3MoeInferenceConfig(
+    config = application_cls(checkpoint).get_config_cls()(
         neuron_config, load_config=load_pretrained_config(str(checkpoint))
     )
+    return getattr(config, "text_config", config)
 
 
 def quantize(
@@ -89,7 +110,7 @@ def quantize(
         **settings,
     }
     config = inference_config(checkpoint, **quantized)
-    NeuronQwen3MoeForCausalLM.save_quantized_state_dict(str(checkpoint), config)
+    application_cls(checkpoint).save_quantized_state_dict(str(checkpoint), config)
     return quantized
 
 
@@ -117,8 +138,8 @@ class LoadedModel:
     def moe_output(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Output of a layer's MoE block for an input ``[1, tokens, hidden]``."""
         with torch.no_grad():
-            output: torch.Tensor = self.module.layers[layer].mlp(hidden_states)[0]
-        return output
+            output: torch.Tensor = _feed_forward(self.module.layers[layer])(hidden_states)[0]
+        return output.view_as(hidden_states)
 
 
 def convert(checkpoint: Path, **settings: Any) -> dict[str, torch.Tensor]:
@@ -129,9 +150,8 @@ def convert(checkpoint: Path, **settings: Any) -> dict[str, torch.Tensor]:
         settings: Keywords of ``MoENeuronConfig``.
     """
     config = inference_config(checkpoint, **settings)
-    state_dict: dict[str, torch.Tensor] = NeuronQwen3MoeForCausalLM(
-        str(checkpoint), config
-    ).checkpoint_loader_fn()
+    application = application_cls(checkpoint)(str(checkpoint), config)
+    state_dict: dict[str, torch.Tensor] = application.checkpoint_loader_fn()
     return state_dict
 
 
@@ -147,7 +167,7 @@ def load(checkpoint: Path, *, rank: int = 0, **settings: Any) -> LoadedModel:
         AssertionError: The state dict and the module do not have the same tensors.
     """
     config = inference_config(checkpoint, **settings)
-    application = NeuronQwen3MoeForCausalLM(str(checkpoint), config)
+    application = application_cls(checkpoint)(str(checkpoint), config)
     return load_application(application, rank=rank)
 
 
@@ -163,7 +183,7 @@ def load_application(application: Any, *, rank: int = 0) -> LoadedModel:
 
 
 def _load_weights(module: Any, state_dict: dict[str, torch.Tensor], rank: int, ranks: int) -> None:
-    shard = dict(state_dict)
+    shard = {name: t for name, t in state_dict.items() if not name.startswith(_OTHER_MODELS)}
     get_sharded_checkpoint(shard, module, rank, ranks)
     result = module.load_state_dict(shard, strict=False)
     missing = [
@@ -199,8 +219,12 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
+def _feed_forward(layer: Any) -> Any:
+    return next(getattr(layer, name) for name in _FEED_FORWARD if hasattr(layer, name))
+
+
 def moe_errors(checkpoint: Path, loaded: LoadedModel) -> list[float]:
-    """Error of each layer's MoE output against Hugging Face, given the same input.
+    """Error of each MoE block's output against Hugging Face, given the same input.
 
     Args:
         checkpoint: Folder of the Hugging Face model, the reference.
@@ -209,11 +233,14 @@ def moe_errors(checkpoint: Path, loaded: LoadedModel) -> list[float]:
     reference = models.load(checkpoint)
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for number, layer in enumerate(reference.model.layers):
+        feed_forward = _feed_forward(layer)
+        if not hasattr(feed_forward, "experts"):
+            continue
 
         def keep(_: Any, inputs: Any, outputs: Any, number: int = number) -> None:
-            seen[number] = (inputs[0], outputs[0])
+            seen[number] = (inputs[0], outputs[0].view_as(inputs[0]))
 
-        layer.mlp.register_forward_hook(keep)
+        feed_forward.register_forward_hook(keep)
     with torch.no_grad():
         reference(models.prompt())
     return [

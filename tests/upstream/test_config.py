@@ -41,8 +41,8 @@ def test_flag_is_kept_through_json_files_and_copies(
     again = [
         config,
         copy.deepcopy(config),
-        nxdi.Qwen3MoeInferenceConfig.from_json_string(config.to_json_string()),
-        nxdi.Qwen3MoeInferenceConfig.load(str(tmp_path / "saved")),
+        nxdi.application_cls(moe).get_config_cls().from_json_string(config.to_json_string()),
+        nxdi.application_cls(moe).get_config_cls().load(str(tmp_path / "saved")),
     ]
 
     assert [one.neuron_config.expert_wise_scale for one in again] == [flag] * len(again)
@@ -60,7 +60,7 @@ def test_config_written_without_the_flag_is_read_as_off(
     written = json.loads(nxdi.inference_config(moe, **fp8).to_json_string())
     del written["neuron_config"][FLAG]
 
-    config = nxdi.Qwen3MoeInferenceConfig.from_json_string(json.dumps(written))
+    config = nxdi.application_cls(moe).get_config_cls().from_json_string(json.dumps(written))
 
     assert config.neuron_config.expert_wise_scale is False
 

@@ -53,9 +53,7 @@ def hugging_face_scales(checkpoint: Path) -> tuple[torch.Tensor, torch.Tensor]:
     def scale(projection: Any) -> torch.Tensor:
         return fp8.quantize_per_channel(projection.weight.data)[1].squeeze(1)
 
-    gate_up = [
-        torch.stack([scale(expert.gate_proj), scale(expert.up_proj)]) for expert in experts
-    ]
+    gate_up = [torch.stack([scale(expert.gate_proj), scale(expert.up_proj)]) for expert in experts]
     return torch.stack(gate_up), torch.stack([scale(expert.down_proj) for expert in experts])
 
 
@@ -84,9 +82,7 @@ def test_fused_token_generation_gets_one_scale_per_expert(
         if hasattr(moe_fused_tkg, name):
             monkeypatch.setattr(moe_fused_tkg, name, kernel)
     settings = nxdi.quantize(wide, tmp_path / "fp8")
-    loaded = nxdi.load(
-        wide, **settings, expert_wise_scale=True, moe_fused_nki_kernel_enabled=True
-    )
+    loaded = nxdi.load(wide, **settings, expert_wise_scale=True, moe_fused_nki_kernel_enabled=True)
 
     with pytest.raises(CalledError), torch.no_grad():
         loaded.module.layers[0].mlp(torch.randn(batch, 1, models.HIDDEN_SIZE))

@@ -24,9 +24,9 @@ SPECULATION = {
 
 
 @pytest.fixture
-def application(nxdi: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def application(nxdi: Any, moe: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """NxDI's Qwen3 MoE; what fused speculation writes on the class is taken off again."""
-    application = nxdi.NeuronQwen3MoeForCausalLM
+    application = nxdi.application_cls(moe)
     monkeypatch.setattr(application, "_FUSED_PREFIX", "")
     monkeypatch.setattr(application, "_model_cls", application._model_cls)
     return application
@@ -95,7 +95,7 @@ def test_moe_draft_beside_the_target(
 
     settings = nxdi.quantize(moe, tmp_path / "fp8")
     config = nxdi.inference_config(moe, **settings, **SPECULATION)
-    draft_config = nxdi.Qwen3MoeInferenceConfig(
+    draft_config = nxdi.application_cls(moe).get_config_cls()(
         draft_settings(config), load_config=nxdi.load_pretrained_config(str(moe))
     )
     config.fused_spec_config = FusedSpecNeuronConfig(

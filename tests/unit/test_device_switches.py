@@ -1,0 +1,41 @@
+"""The environment variables for FP8 on the device."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+
+from nxdi_expertscale import device_switches
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in device_switches.SWITCHES:
+        # Set first, so that what the test sets is taken away again.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_unset_switches_are_set_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="nxdi_expertscale")
+
+    device_switches.turn_on()
+    device_switches.turn_on()
+
+    assert [os.environ[name] for name in device_switches.SWITCHES] == ["1", "1"]
+    assert caplog.messages == ["set XLA_HANDLE_SPECIAL_SCALAR=1, UNSAFE_FP8FNCAST=1 for FP8"]
+
+
+@pytest.mark.parametrize("value", ["0", "", "false"])
+def test_contradicting_switch_is_left_with_a_warning(
+    caplog: pytest.LogCaptureFixture, value: str
+) -> None:
+    os.environ["UNSAFE_FP8FNCAST"] = value
+
+    device_switches.turn_on()
+
+    assert os.environ["UNSAFE_FP8FNCAST"] == value
+    (line,) = caplog.messages
+    assert f"UNSAFE_FP8FNCAST={value!r}" in line

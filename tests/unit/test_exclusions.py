@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+
+from nxdi_expertscale.errors import ConfigurationError
+from nxdi_expertscale.families import MIXTRAL, QWEN3_MOE
+
+
+@pytest.mark.parametrize("name", ["layers.1.mlp.experts", "model.layers.1.mlp.expert_mlps"])
+def test_experts_of_a_layer_are_named_in_both_worlds(name: str) -> None:
+    found = QWEN3_MOE.in_both_worlds(["lm_head", name], layers=12)
+
+    assert found[0] == "lm_head"
+    assert set(found[1:]) == {"layers.1.mlp.experts", "layers.1.mlp.expert_mlps"}
+
+
+def test_all_experts_are_named_layer_by_layer() -> None:
+    found = MIXTRAL.in_both_worlds(["block_sparse_moe.experts"], layers=2)
+
+    assert found == (
+        "block_sparse_moe.experts",
+        "layers.0.block_sparse_moe.experts",
+        MIXTRAL.expert_mlps.format(layer=0),
+        "layers.1.block_sparse_moe.experts",
+        MIXTRAL.expert_mlps.format(layer=1),
+    )
+
+
+def test_one_expert_cannot_be_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"name all experts of the layer: 'layers\.1"):
+        QWEN3_MOE.excludes("model.layers.1.mlp.experts.3.up_proj", ["layers.1.mlp.experts.3"])
+
+
+def test_a_lone_prefix_names_nothing() -> None:
+    assert not QWEN3_MOE.excludes("lm_head", ["model."])

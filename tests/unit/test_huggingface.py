@@ -1,0 +1,48 @@
+"""What Hugging Face's own tools make of the output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nxdi_expertscale.checkpoint import quantize_checkpoint
+from tests import checkpoints
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("compressed_tensors")
+
+
+def by_hand(folder: Path) -> checkpoints.Tensors:
+    stored = checkpoints.load(folder)
+    return {
+        name: value.float() * stored.get(f"{name}_scale", torch.tensor(1.0))
+        for name, value in stored.items()
+        if not name.endswith("_scale")
+    }
+
+
+@pytest.mark.parametrize(
+    ("form", "config"),
+    [
+        (dict, None),
+        (checkpoints.in_blocks, {"quantization_config": checkpoints.BLOCKS_CONFIG}),
+        (checkpoints.by_channel, {"quantization_config": checkpoints.COMPRESSED_CONFIG}),
+    ],
+)
+@pytest.mark.parametrize("excluded", [[], ["layers.0.mlp.experts", "lm_head"]])
+def test_it_loads_as_the_dequantized_model(
+    tmp_path: Path, form: Any, config: Any, excluded: list[str]
+) -> None:
+    src = checkpoints.save(tmp_path / "src", form(checkpoints.tensors()), config=config)
+    dst = quantize_checkpoint(src, tmp_path / "dst", modules_to_not_convert=excluded).destination
+    reference = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**checkpoints.CONFIG))
+    reference.float().load_state_dict(by_hand(dst))
+    tokens = torch.arange(1, 33)[None]
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(dst, dtype=torch.float32)
+
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, reference(tokens).logits)
