@@ -69,3 +69,16 @@ def test_checkpoint_of_another_dtype_is_refused(
 
     with pytest.raises(ConfigurationError, match=f"quantization_dtype={asked!r}"):
         nxdi.convert(moe, **{**settings, "quantization_dtype": asked}, expert_wise_scale=True)
+
+
+def test_dtype_that_nxdi_casts_is_refused(nxdi: Any, moe: Path, tmp_path: Path) -> None:
+    settings = {
+        **nxdi.FP8,
+        "quantization_dtype": "f8e5m2",
+        "quantized_checkpoints_path": str(tmp_path),
+        "torch_dtype": torch.bfloat16,
+    }
+
+    with pytest.raises(ConfigurationError, match=r"casts such weights to torch\.bfloat16"):
+        nxdi.inference_config(moe, **settings, expert_wise_scale=True)
+    assert nxdi.inference_config(moe, **settings, cast_type="as-declared")
