@@ -133,6 +133,26 @@ def check_model(
     _check_logical_nc(neuron_config, upstream)
 
 
+def check_cast(neuron_config: Any) -> None:
+    """Check that NxDI leaves the quantized weights of a checkpoint in their dtype.
+
+    It casts every float to ``torch_dtype`` but for scales and ``f8e4m3``
+    (``models/application_base.py``, ``checkpoint_loader_fn``), and its layers expect ``f8e5m2``.
+
+    Raises:
+        ConfigurationError: It would cast them.
+    """
+    name = str(getattr(neuron_config, "quantization_dtype", "")).lower()
+    torch_dtype = str(getattr(neuron_config, "torch_dtype", "torch.float32"))
+    casts = getattr(neuron_config, "cast_type", "config") == "config"
+    if is_quantized(neuron_config) and "f8e5m2" in name and casts and "float32" not in torch_dtype:
+        raise ConfigurationError(
+            f"quantization_dtype='f8e5m2': NxDI casts such weights to {torch_dtype} when it reads "
+            "a checkpoint, and not back; use quantization_dtype='f8e4m3', or "
+            "cast_type='as-declared'"
+        )
+
+
 def check_shared_scale(
     neuron_config: Any, model_config: Any, family: MoEFamily | None, *, reads_moe_settings: bool
 ) -> None:

@@ -48,6 +48,7 @@ _OTHER_MODELS = ("vision_model.", "multi_modal_projector.")
 
 _NOT_IN_CHECKPOINTS = (
     "kv_mgr.",
+    "hidden_state_rolling_buffer.",
     # The ranks of attention, which releases before 0.7 do not write.
     ".rank_util.rank",
     # A quantized weight's second name in ahead-of-time mode; the same parameter.
@@ -55,6 +56,7 @@ _NOT_IN_CHECKPOINTS = (
     # What fused token generation has under a second name; the same parameters.
     ".moe_fused_tkg.",
     ".moe.rmsnorm.",
+    ".mlp.rmsnorm.",
 )
 
 
