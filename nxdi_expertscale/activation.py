@@ -10,7 +10,7 @@ import enum
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType, ModuleType
 from typing import Any
@@ -266,11 +266,17 @@ def plugin_problems() -> tuple[str, ...]:
     return _activation.problems
 
 
-def unmet(seams: Iterable[str]) -> str | None:
+def unmet(seams: Sequence[str], *, load: bool = False) -> str | None:
     """Say which of these seams does not hold and why, or None where none is known not to.
 
-    A seam whose module nobody has imported yet may still hold.
+    Args:
+        seams: Their names.
+        load: Import the modules that are not imported yet. Whoever has a model's config is about
+            to import them anyway, and a module that is not there must be found before anything
+            is compiled.
     """
+    if load:
+        _activation.load(seams)
     statuses = {seam.seam: seam for seam in status()}
     for name in seams:
         seam = statuses.get(name)
@@ -287,20 +293,12 @@ def unmet(seams: Iterable[str]) -> str | None:
 
 
 def require(seams: Sequence[str], *, load: bool = False) -> None:
-    """Make sure that these seams hold, for someone who uses the feature.
-
-    Args:
-        seams: Their names.
-        load: Import the modules that are not imported yet. Whoever has a model's config is about
-            to import them anyway, and a module that is not there must be found before anything
-            is compiled.
+    """Make sure that these seams hold, for someone who uses the feature; see :func:`unmet`.
 
     Raises:
         IncompatibleUpstreamError: One does not; the message names it and the reason.
     """
-    if load:
-        _activation.load(seams)
-    reason = unmet(seams)
+    reason = unmet(seams, load=load)
     if reason is not None:
         raise IncompatibleUpstreamError(
             f"expert_wise_scale cannot work with this NxDI: {reason}. Turn expert_wise_scale off, "

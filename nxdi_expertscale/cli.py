@@ -111,13 +111,15 @@ def verify(*, dst: Path, against: Path | None, workers: int | None, as_json: boo
 @click.option("--json", "as_json", is_flag=True, help="Print what is found as JSON.")
 def inspect(*, checkpoint: Path, plot: Path | None, workers: int | None, as_json: bool) -> None:
     """Say what CHECKPOINT is, quantized or not, and how far its experts' scales lie apart."""
-    from nxdi_expertscale import report
+    from nxdi_expertscale import pictures, report
     from nxdi_expertscale.checkpoint import inspect_checkpoint
 
+    if plot is not None:
+        pictures.check_file(plot)
     with report.progress_bar("reading") as progress:
         result = inspect_checkpoint(checkpoint, workers=workers, progress=progress)
     if plot is not None:
-        report.draw_heat_map(result, plot)
+        pictures.draw_heat_map(result, plot)
     _say(report.to_json(result) if as_json else report.inspection_summary(result))
 
 
@@ -150,7 +152,7 @@ def neuron_config(
     show_default=True,
     help="How many tokens of the text to predict.",
 )
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw a picture into this PNG file.")
+@click.option("--plot", metavar="FILE.png", type=click.Path(path_type=Path), help="Draw it too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def evaluate(
     *, src: Path, dst: Path, text: Path | None, tokens: int, plot: Path | None, as_json: bool
@@ -160,13 +162,15 @@ def evaluate(
     Beside DST as it is stands what averaged scales would make of it. The experts are read one by
     one: a model need not fit in memory.
     """
-    from nxdi_expertscale import report
+    from nxdi_expertscale import pictures, report
     from nxdi_expertscale.evaluation import evaluate_checkpoint
 
+    if plot is not None:
+        pictures.check_file(plot)
     with report.progress_bar("evaluating", report.STEPS) as progress:
         result = evaluate_checkpoint(src, dst, text=text, tokens=tokens, progress=progress)
     if plot is not None:
-        report.plot_evaluation(result, plot)
+        pictures.draw_evaluation(result, plot)
     _say(report.to_json(result) if as_json else report.evaluation_table(result))
 
 
@@ -179,14 +183,15 @@ def demo(*, as_json: bool) -> None:
     """
     from functools import partial
 
-    from nxdi_expertscale import demo, report
+    from nxdi_expertscale import demo, pictures, report
 
     result = demo.run(partial(report.progress_bar, measure=report.STEPS))
     if as_json:
         _say(report.to_json(result))
         return
-    picture = result.model.with_name("evaluation.png")
-    report.plot_evaluation(result.evaluation, picture)
+    picture = result.folder / "evaluation.png"
+    pictures.check_file(picture)
+    pictures.draw_evaluation(result.spread, picture)
     _say(report.demo_summary(result, picture))
 
 

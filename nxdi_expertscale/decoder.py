@@ -131,6 +131,12 @@ def read_architecture(config: Mapping[str, Any], family: MoEFamily, where: str) 
             raise CheckpointError(f"{where}: has no {name}; download it again")
         return value
 
+    traits = family.decoder
+    if traits is None:
+        raise CheckpointError(
+            f"{where}: a model of the family {family.name} cannot be computed here; the errors of "
+            "its weights are measured by 'nxdi-expertscale verify DST --against SRC'"
+        )
     # transformers 5 writes rope_parameters, releases before it rope_theta and rope_scaling.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -158,13 +164,13 @@ def read_architecture(config: Mapping[str, Any], family: MoEFamily, where: str) 
         heads=heads,
         key_value_heads=int(config.get("num_key_value_heads") or heads),
         head_size=int(config.get("head_dim") or hidden // heads),
-        head_norm=family.head_norm,
+        head_norm=traits.head_norm,
         attention_bias=bool(config.get("attention_bias", False)),
         experts=experts,
         expert_size=inner,
         dense_size=int(required("intermediate_size")) if dense else 0,
         experts_per_token=per_token,
-        normalizes_top_k=bool(config.get("norm_topk_prob", family.normalizes_top_k)),
+        normalizes_top_k=bool(config.get("norm_topk_prob", traits.normalizes_top_k)),
         epsilon=float(required("rms_norm_eps")),
         rope_theta=float(rope.get("rope_theta") or required("rope_theta")),
         tied=bool(config.get("tie_word_embeddings", False)),

@@ -16,9 +16,13 @@ from nxdi_expertscale import small_model
 from nxdi_expertscale.checkpoint import quantize_checkpoint, verify_checkpoint
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.evaluation import Evaluation, evaluate_checkpoint
+from nxdi_expertscale.version import __version__
 
 CONFIG = small_model.qwen3_moe_config(hidden_size=64, moe_intermediate_size=64)
 RECIPE = small_model.Recipe(steps=300)
+SPREAD = 16
+"""Factor between the experts' magnitudes in the second model."""
+
 TOKENS = 8192
 """How many tokens of the held-out text are predicted."""
 
@@ -33,66 +37,69 @@ class Demo:
     """What the demo made and found.
 
     Attributes:
-        model: Folder of the trained model, in bfloat16.
-        quantized: Folder of its FP8 checkpoint.
-        text: The held-out text.
-        trained: Whether the model was trained in this run, rather than kept from an earlier one.
-        verified: Number of quantized weights in which no fault was found.
-        unigram_perplexity: Perplexity of the text for a model that only knows how frequent each
-            byte is.
-        evaluation: The quantized model against the original.
+        folder: Where everything is kept.
+        trained: Whether the model was trained in this run, rather than in an earlier one.
+        unigram_perplexity: Perplexity of the held-out text for a model that only knows how
+            frequent each byte is.
+        as_trained: The quantized model against the original.
+        spread: The same of a model that computes the same as the original, and whose experts lie
+            apart in magnitude by :data:`SPREAD`.
     """
 
-    model: Path
-    quantized: Path
-    text: Path
+    folder: Path
     trained: bool
-    verified: int
     unigram_perplexity: float
-    evaluation: Evaluation
+    as_trained: Evaluation
+    spread: Evaluation
 
 
 def run(bar: Bar) -> Demo:
-    """Train a small model, or take the one of an earlier run; quantize it; measure it.
+    """Train a small model, or take that of an earlier run; quantize, verify and measure it.
 
     Args:
         bar: Makes a progress bar for a task.
+
+    Raises:
+        CheckpointError: A fault was found in what was quantized.
     """
     corpus = small_model.python_library()
     folder = _cache() / f"demo-{_fingerprint(corpus)}"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "lock"), small_model.one_thread():
-        return _run(folder, corpus, bar)
-
-
-def _run(folder: Path, corpus: small_model.Corpus, bar: Bar) -> Demo:
-    model, quantized, text = folder / "model", folder / "model-fp8", folder / HELD_OUT
-    trained = not model.exists()
-    if trained:
-        unfinished = folder / "unfinished"
-        unfinished.mkdir(exist_ok=True)
-        with bar("training") as progress:
-            small_model.make(unfinished, CONFIG, corpus, RECIPE, progress)
-        unfinished.replace(model)
-    text.write_text(corpus.held_out, encoding="utf-8")
-    quantize_checkpoint(model, quantized, overwrite=True)
-    verification = verify_checkpoint(quantized, model)
-    if verification.faults:
-        fault = verification.faults[0]
-        raise CheckpointError(f"{fault.where}: {fault.what}")
-    with bar("evaluating") as progress:
-        evaluation = evaluate_checkpoint(
-            model, quantized, text=text, tokens=TOKENS, progress=progress
+        trained = not (folder / "model").exists()
+        if trained:
+            _make_models(folder, corpus, bar)
+        return Demo(
+            folder=folder,
+            trained=trained,
+            unigram_perplexity=small_model.unigram_perplexity(corpus),
+            as_trained=_measure(folder, "model", bar),
+            spread=_measure(folder, "spread", bar),
         )
-    return Demo(
-        model=model,
-        quantized=quantized,
-        text=text,
-        trained=trained,
-        verified=verification.quantized,
-        unigram_perplexity=small_model.unigram_perplexity(corpus),
-        evaluation=evaluation,
-    )
+
+
+def _make_models(folder: Path, corpus: small_model.Corpus, bar: Bar) -> None:
+    (folder / HELD_OUT).write_text(corpus.held_out, encoding="utf-8")
+    unfinished, spread = folder / "unfinished", folder / "spread"
+    for new in (unfinished, spread):
+        new.mkdir(exist_ok=True)
+    with bar("training") as progress:
+        small_model.make(unfinished, CONFIG, corpus, RECIPE, progress)
+    small_model.spread_experts(unfinished, spread, SPREAD)
+    # Last, and at once: where this folder is, all that belongs to it is.
+    unfinished.replace(folder / "model")
+
+
+def _measure(folder: Path, name: str, bar: Bar) -> Evaluation:
+    model, quantized = folder / name, folder / f"{name}-fp8"
+    quantize_checkpoint(model, quantized, overwrite=True)
+    faults = verify_checkpoint(quantized, model).faults
+    if faults:
+        raise CheckpointError(f"{faults[0].where}: {faults[0].what}")
+    with bar("evaluating") as progress:
+        return evaluate_checkpoint(
+            model, quantized, text=folder / HELD_OUT, tokens=TOKENS, progress=progress
+        )
 
 
 def _cache() -> Path:
@@ -102,6 +109,6 @@ def _cache() -> Path:
 
 
 def _fingerprint(corpus: small_model.Corpus) -> str:
-    """Digest of all that the model follows from."""
-    recipe = json.dumps([CONFIG, asdict(RECIPE), corpus.digest])
+    """Digest of all that the models follow from."""
+    recipe = json.dumps([__version__, CONFIG, asdict(RECIPE), SPREAD, corpus.digest])
     return hashlib.sha256(recipe.encode()).hexdigest()[:12]

@@ -18,12 +18,12 @@ import torch
 from torch.nn import functional
 
 from nxdi_expertscale import decoder
-from nxdi_expertscale.checkpoint.source import CONFIG, Checkpoint, open_checkpoint
+from nxdi_expertscale.checkpoint.model import open_model
+from nxdi_expertscale.checkpoint.source import CONFIG, Checkpoint
 from nxdi_expertscale.checkpoint.weights import StoredWeights, with_averaged_scales
 from nxdi_expertscale.decoder import Architecture, Weights
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families import MoEFamily, require_family
-from nxdi_expertscale.plugins import known_families
+from nxdi_expertscale.families import MoEFamily
 from nxdi_expertscale.text import python_documentation, read_text, tokenize
 
 TOKENS = 2048
@@ -107,10 +107,7 @@ def evaluate_checkpoint(
         ConfigurationError: The text cannot be used.
     """
     started = time.perf_counter()
-    source, quantized = open_checkpoint(src), open_checkpoint(dst)
-    family = require_family(
-        source.config.get("model_type"), known_families(), str(source.folder / CONFIG)
-    )
+    (source, family), (quantized, _) = open_model(src), open_model(dst)
     model = _shared_architecture(source, quantized, family)
     words = python_documentation() if text is None else read_text(Path(text), tokens)
     batch = _sequences(tokenize(words, source.folder, model.vocabulary), source, tokens)

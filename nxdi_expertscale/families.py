@@ -47,6 +47,22 @@ class Stacking(enum.Enum):
 
 
 @dataclass(frozen=True)
+class DecoderTraits:
+    """What is particular to a family's layers, beside the names of their tensors.
+
+    For the reference on a CPU, :mod:`nxdi_expertscale.decoder`, which has what all share.
+
+    Attributes:
+        head_norm: Whether the attention normalizes queries and keys for each head.
+        normalizes_top_k: Whether the routing weights of a token are made to add up to one, where
+            a config does not say so itself (``norm_topk_prob``).
+    """
+
+    head_norm: bool
+    normalizes_top_k: bool
+
+
+@dataclass(frozen=True)
 class MoEFamily:
     """The names of one family of models, in its checkpoints and in NxDI's modules.
 
@@ -76,9 +92,7 @@ class MoEFamily:
         num_experts: Attributes of the model's config that may hold the number of experts.
         num_experts_per_tok: Attributes that may hold the number of experts of a token.
         intermediate_size: Attributes that may hold the experts' intermediate size.
-        head_norm: Whether its attention normalizes queries and keys for each head.
-        normalizes_top_k: Whether the routing weights of a token are made to add up to one, where
-            a config does not say so itself (``norm_topk_prob``).
+        decoder: What is particular to its layers; None where ``evaluate`` cannot compute them.
     """
 
     name: str
@@ -99,8 +113,7 @@ class MoEFamily:
     num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
     num_experts_per_tok: tuple[str, ...] = ("num_experts_per_tok",)
     intermediate_size: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
-    head_norm: bool = True
-    normalizes_top_k: bool = False
+    decoder: DecoderTraits | None = None
 
     def __post_init__(self) -> None:
         module, _, function = self.converter.partition(":")
@@ -324,6 +337,7 @@ QWEN3_MOE = MoEFamily(
         ":convert_qwen3_moe_hf_to_neuron_state_dict"
     ),
     stacked=Stacking.OUTPUTS_FIRST,
+    decoder=DecoderTraits(head_norm=True, normalizes_top_k=False),
 )
 
 MIXTRAL = MoEFamily(
@@ -340,8 +354,7 @@ MIXTRAL = MoEFamily(
     down="w2",
     num_experts=("num_local_experts",),
     intermediate_size=("intermediate_size",),
-    head_norm=False,
-    normalizes_top_k=True,
+    decoder=DecoderTraits(head_norm=False, normalizes_top_k=True),
 )
 
 _LLAMA4 = "neuronx_distributed_inference.models.llama4.modeling_llama4_text"

@@ -49,7 +49,9 @@ def is_quantized(neuron_config: Any) -> bool:
 
 def is_fp8(neuron_config: Any) -> bool:
     """Whether ``quantization_dtype`` is one of FP8 (``f8e4m3``, ``f8e5m2``)."""
-    return str(getattr(neuron_config, "quantization_dtype", "")).lower().startswith("f8")
+    dtype = getattr(neuron_config, "quantization_dtype", "")
+    # A string in most configs, and NxD's QuantizedDtype in others.
+    return str(getattr(dtype, "name", dtype)).lower().startswith("f8")
 
 
 def quantization_type(neuron_config: Any) -> str:
@@ -134,10 +136,7 @@ def check_model(
 def check_shared_scale(
     neuron_config: Any, model_config: Any, family: MoEFamily | None, *, reads_moe_settings: bool
 ) -> None:
-    """Check a model whose experts share a scale: it cannot be spread over ranks.
-
-    NxD takes a rank's experts out of each of a layer's tensors, and a shared scale has one row
-    (``neuronx_distributed/trace/trace.py``, ``shard_children``). It says so after compilation.
+    """Check a model whose experts share a scale: some modes need one for each.
 
     Args:
         neuron_config: NxDI's ``NeuronConfig``.
@@ -146,21 +145,28 @@ def check_shared_scale(
         reads_moe_settings: As in :class:`Upstream`.
 
     Raises:
-        ConfigurationError: The config asks for expert parallelism.
+        ConfigurationError: The config asks for expert parallelism, or for fused token generation.
     """
-    if family is None or not reads_moe_settings or fuses_expert_wise(neuron_config):
-        return
-    degree = max(expert_parallel.degrees(neuron_config))
-    if degree <= 1 or not is_quantized(neuron_config):
+    if family is None or not is_quantized(neuron_config) or fuses_expert_wise(neuron_config):
         return
     excluded = exclusions(neuron_config)
     layers = range(getattr(model_config, "num_hidden_layers", 0))
     if all(family.excludes_experts(layer, excluded) for layer in layers):
         return
-    raise ConfigurationError(
-        f"expert parallelism (degree {degree}): a scale that the experts share cannot be spread "
-        f"over ranks; set {NAME}=True, or moe_ep_degree=1"
-    )
+    degree = max(expert_parallel.degrees(neuron_config))
+    if reads_moe_settings and degree > 1:
+        # Upstream: neuronx_distributed/trace/trace.py, shard_children, takes a rank's experts out
+        # of each of a layer's tensors, and this one has one row. It says so after compilation.
+        raise ConfigurationError(
+            f"expert parallelism (degree {degree}): a scale that the experts share cannot be "
+            f"spread over ranks; set {NAME}=True, or moe_ep_degree=1"
+        )
+    if getattr(model_config, "moe_fused_nki_kernel_enabled", False):
+        # Upstream: neuronx_distributed/modules/moe/moe_fused_tkg.py views it as [E, 2, I].
+        raise ConfigurationError(
+            "moe_fused_nki_kernel_enabled=True: the kernel reads one scale per expert, and here "
+            f"the experts share one; set {NAME}=True, or moe_fused_nki_kernel_enabled=False"
+        )
 
 
 def _check_logical_nc(neuron_config: Any, upstream: Upstream) -> None:

@@ -1,4 +1,4 @@
-"""What people read: progress, tables, pictures."""
+"""What people read in a terminal: progress and tables."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
-
-from nxdi_expertscale.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from nxdi_expertscale.checkpoint import Inspection, QuantizationResult, Verification
@@ -154,73 +152,22 @@ def inspection_summary(result: Inspection) -> str:
     return f"{result.folder}\n{rendered(facts)}\n{rendered(table)}"
 
 
-def draw_heat_map(result: Inspection, file: Path) -> None:
-    """Draw how far each expert's scale lies from the mean of its layer.
-
-    One row for each layer, one column for each expert; beside it the error that one shared scale
-    would cause in each layer.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed, or cannot write such a file.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.colors import LogNorm
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
-    except ImportError:
-        raise ConfigurationError(
-            "--plot: needs matplotlib; install it with: pip install 'nxdi-expertscale[plot]'"
-        ) from None
-    if file.suffix.lower() not in {".png", ".pdf", ".svg"}:
-        raise ConfigurationError(f"--plot: {file} has to end in .png, .pdf or .svg")
-    names = [str(layer.layer) for layer in result.layers]
-    ratios = [layer.experts for layer in result.layers]
-    # Symmetric about 1, and never so narrow that differences of a percent look like much.
-    extreme = max(1.25, *(max(ratio, 1 / ratio) for row in ratios for ratio in row))
-    figure = Figure(figsize=(11, max(3.2, 0.22 * len(names) + 2)), layout="constrained")
-    FigureCanvasAgg(figure)
-    heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
-    image = heat.imshow(
-        ratios,
-        aspect="auto",
-        cmap="RdBu_r",
-        norm=LogNorm(1 / extreme, extreme),
-        interpolation="nearest",
-    )
-    heat.set(xlabel="expert", ylabel="layer", title="scale of each expert over its layer's mean")
-    heat.xaxis.set_major_locator(MaxNLocator(16, integer=True))
-    step = -(-len(names) // 48)
-    heat.set_yticks(range(0, len(names), step), names[::step])
-    steps = [extreme ** (part / 4) for part in range(-4, 5)]
-    bar = figure.colorbar(image, ax=heat, ticks=steps, format=FuncFormatter(_ratio), pad=0.02)
-    bar.ax.yaxis.set_minor_formatter(NullFormatter())
-    bars.barh(range(len(names)), [layer.shared_scale_error for layer in result.layers], color="0.4")
-    bars.set(xlabel="error of the weights", title="with one shared scale", xlim=(0, None))
-    bars.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    figure.suptitle(f"{result.folder.name}: how far the experts' scales lie apart")
-    figure.savefig(file, dpi=150)
-
-
-def _ratio(value: float, _position: int | None = None) -> str:
-    return f"{value:.2f}" if value >= 1 else f"1/{1 / value:.2f}"
-
-
 def demo_summary(result: Demo, picture: Path) -> str:
     """What the demo made and found, and what to type next."""
     origin = "trained now" if result.trained else "trained by an earlier run"
-    facts = {
-        "model": f"{result.model} ({origin}, on Python's own library)",
-        "quantized": f"{result.quantized}",
-        "verified": f"{result.verified} quantized weights, no fault",
-        "text": f"{result.text} (kept from training)",
-        "picture": f"{picture}",
-    }
+    example = result.as_trained
     return "\n".join(
         [
-            _pairs(facts),
-            evaluation_table(result.evaluation),
-            f"Bytes at random, each as often as it occurs: {result.unigram_perplexity:.4g}",
+            f"A small Qwen3 MoE, {origin} on Python's own library; bytes predicted only by how",
+            f"often they occur have a perplexity of {result.unigram_perplexity:.3g}.",
+            "",
+            evaluation_table(example, "As trained"),
+            "",
+            evaluation_table(
+                result.spread, "The same function, experts 16-fold apart in magnitude"
+            ),
+            "",
+            _pairs({"models": str(result.folder), "picture": str(picture)}),
             "",
             "Now with a model of your own, a folder from the Hugging Face hub:",
             "  nxdi-expertscale quantize MODEL MODEL-FP8",
@@ -229,24 +176,19 @@ def demo_summary(result: Demo, picture: Path) -> str:
     )
 
 
-def evaluation_table(result: Evaluation) -> str:
+def evaluation_table(result: Evaluation, title: str | None = None) -> str:
     """The original, and the quantized checkpoint with each kind of scales."""
-    table = Table("")
-    for column in (
-        "perplexity",
-        "KL divergence",
-        "same top-1 token",
-        "error of the experts' output",
-    ):
+    table = Table("FP8 scales", title=title, title_justify="left")
+    for column in ("perplexity", "KL, nats", "same top-1", "experts' error"):
         table.add_column(column, justify="right")
-    table.add_row("original", f"{result.perplexity:.4g}", "", "", "")
+    table.add_row("none: the original", f"{result.perplexity:.4g}", "", "", "")
     for name, found in scale_kinds(result).items():
         change = found.perplexity / result.perplexity - 1
         errors = found.layer_errors.values()
         table.add_row(
             name,
-            f"{found.perplexity:.4g} ({change:+.1%})",
-            f"{found.kl_divergence:.2g} nats",
+            f"{found.perplexity:.4g} ({change:+.2%})",
+            f"{found.kl_divergence:.2g}",
             f"{found.top1_agreement:.1%}",
             f"{min(errors):.1%} to {max(errors):.1%}",
         )
@@ -256,50 +198,7 @@ def evaluation_table(result: Evaluation) -> str:
 
 def scale_kinds(result: Evaluation) -> dict[str, Agreement]:
     """What was measured, by the name that people read."""
-    return {"one scale per expert": result.expert_wise, "one averaged scale": result.averaged}
-
-
-def plot_evaluation(result: Evaluation, path: Path) -> None:
-    """Draw the errors of all layers, and the perplexities, into a PNG file.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
-    """
-    figure = _figure(width=10, height=4)
-    layers, perplexities = figure.subplots(1, 2, width_ratios=(3, 2))
-    kinds = scale_kinds(result)
-    for (name, found), colour in zip(kinds.items(), _COLOURS[1:], strict=True):
-        numbers, errors = found.layer_errors.keys(), found.layer_errors.values()
-        layers.plot(list(numbers), [100 * e for e in errors], "o-", color=colour, label=name)
-    layers.set_yscale("log")
-    layers.yaxis.set_major_formatter("{x:g} %")
-    layers.xaxis.get_major_locator().set_params(integer=True)
-    layers.set_xlabel("layer")
-    layers.set_title("Error of the experts' output, given the original's input")
-    layers.grid(axis="y", which="both", alpha=0.3)
-    layers.legend()
-    values = [result.perplexity, *(found.perplexity for found in kinds.values())]
-    names = ["original", *(name.replace(" scale", "\nscale") for name in kinds)]
-    bars = perplexities.bar(names, values, color=_COLOURS)
-    perplexities.bar_label(bars, fmt="{:.4g}")
-    perplexities.set_title("Perplexity (lower is better)")
-    perplexities.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png", dpi=150)
-
-
-_COLOURS = ("#7f7f7f", "#1f77b4", "#d62728")
-"""Of the original, of expert-wise scales, and of averaged ones."""
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigurationError(
-            "pictures are drawn with matplotlib, which is not installed: "
-            "pip install 'nxdi-expertscale[plot]'"
-        ) from None
-    return Figure(figsize=(width, height), layout="constrained")
+    return {"one per expert": result.expert_wise, "one, averaged": result.averaged}
 
 
 def rendered(table: Table) -> str:

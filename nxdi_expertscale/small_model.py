@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from nxdi_expertscale import decoder
@@ -229,3 +230,28 @@ def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> t
         return torch.ones(shape)
     deviation = 0.02 if name == decoder.EMBEDDINGS else shape[-1] ** -0.5
     return torch.randn(shape, generator=generator) * deviation
+
+
+def spread_experts(model: Path, folder: Path, factor: int) -> None:
+    """Write a model that computes the same, and whose experts differ in magnitude.
+
+    The up projection of an expert is multiplied by a power of two, and its down projection
+    divided by it: not a bit of what it computes changes. The experts' magnitudes then lie apart
+    as far as asked for, where those of a small model trained for minutes hardly do.
+
+    Args:
+        model: Folder of a Qwen3 MoE in full precision, with one file of weights.
+        folder: The folder to write, there already.
+        factor: Between the experts with the largest and the smallest magnitude; a power of two.
+    """
+    weights = load_file(model / SINGLE_FILE)
+    experts = int(json.loads((model / CONFIG).read_text())["num_experts"])
+    octaves = factor.bit_length() - 1
+    for name, weight in weights.items():
+        place = QWEN3_MOE.parse_expert_key(name)
+        if place is None or place.projection == QWEN3_MOE.gate:
+            continue
+        exponent = round(octaves * place.expert / (experts - 1)) - octaves // 2
+        weight.mul_(2.0 ** (-exponent if place.projection == QWEN3_MOE.down else exponent))
+    save_file(weights, folder / SINGLE_FILE, metadata={"format": "pt"})
+    shutil.copy(model / CONFIG, folder)

@@ -92,10 +92,10 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
             return wrapped(*args, **kwargs)
         strange = [name for name in experts if family.layer_of_module(name) is None]
         if flag.is_on(neuron_config):
-            require(seams.needed_by_model(family))
+            require(seams.needed_by_model(family), load=True)
             if strange:
                 raise _not_as_known(f"{strange[0]} is not one of {family.expert_mlps}")
-        elif strange or unmet(seams.needed_by_model(family)) is not None:
+        elif strange or unmet(seams.needed_by_model(family), load=True) is not None:
             return wrapped(*args, **kwargs)
         _check_dtype(neuron_config, call.arguments["q_config"])
         excluded = list(call.arguments.get("modules_to_not_convert") or ())

@@ -84,9 +84,9 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
             return wrapped(*args, **kwargs)
         if flag.is_on(neuron_config):
             flag.check_neuron_config(neuron_config)
-            require(seams.needed_by_model(family))
+            require(seams.needed_by_model(family), load=True)
         else:
-            reason = unmet(seams.needed_by_model(family))
+            reason = unmet(seams.needed_by_model(family), load=True)
             if reason is not None:
                 _logger.warning("the experts' scales are left to NxDI: %s", reason)
                 return wrapped(*args, **kwargs)
@@ -174,6 +174,10 @@ def put_in_scales(
                     family,
                     f"{key} belongs to a fused weight of shape {shape}, where "
                     f"[{scale.shape[0]}, in, out] was expected",
+                )
+            if not layer.describe(fused, weight):
+                raise _not_as_known(
+                    family, f"{key} belongs to a weight that is not fused as it is known to be"
                 )
             if key in converted:
                 raise _not_as_known(family, f"NxDI makes {key} itself")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, 
 
 from nxdi_expertscale import decoder
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families import MIXTRAL, QWEN3_MOE, MoEFamily
+from nxdi_expertscale.families import LLAMA4, MIXTRAL, QWEN3_MOE, MoEFamily
 
 ROUNDING = 1e-5
 TOKENS = torch.randint(128, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -85,6 +85,11 @@ def test_what_it_cannot_compute_is_refused(setting: str, value: Any, message: st
 
     with pytest.raises(CheckpointError, match=f"folder/config.json: .*{message}"):
         decoder.read_architecture(config, QWEN3_MOE, "folder/config.json")
+
+
+def test_family_that_it_does_not_know_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"family llama4 .*verify DST --against SRC"):
+        decoder.read_architecture(Qwen3MoeConfig(**QWEN3).to_dict(), LLAMA4, "config.json")
 
 
 def test_context_ends_where_a_sliding_window_would_begin() -> None:

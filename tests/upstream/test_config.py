@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from nxdi_expertscale.errors import ConfigurationError
-from tests.upstream.targets import Target
 
 FLAG = "expert_wise_scale"
 
@@ -25,12 +24,6 @@ def fp8(nxdi: Any, tmp_path: Path) -> dict[str, Any]:
         "quantized_checkpoints_path": str(tmp_path),
         "modules_to_not_convert": [nxdi.ROUTER],
     }
-
-
-@pytest.fixture
-def expert_parallel(target: Target) -> dict[str, int]:
-    """Expert parallelism of degree 2; the first release has no degree of the experts' own."""
-    return {"ep_degree" if target.version < (0, 6) else "moe_ep_degree": 2}
 
 
 @pytest.mark.parametrize("flag", [True, False])
@@ -107,35 +100,3 @@ def test_flag_without_quantization_is_only_warned_of(
     nxdi.inference_config(moe, expert_wise_scale=True)
 
     assert "no effect" in caplog.text
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-def test_expert_parallelism_with_a_small_batch_is_refused_with_the_smallest_that_works(
-    nxdi: Any, moe: Path, fp8: dict[str, Any], expert_parallel: dict[str, int], batch: int
-) -> None:
-    with pytest.raises(ConfigurationError, match="batch_size of at least 4"):
-        nxdi.inference_config(
-            moe, **fp8, **expert_parallel, expert_wise_scale=True, batch_size=batch
-        )
-
-
-def test_expert_parallelism_with_a_batch_that_works_is_taken(
-    nxdi: Any, moe: Path, fp8: dict[str, Any], expert_parallel: dict[str, int]
-) -> None:
-    config = nxdi.inference_config(
-        moe, **fp8, **expert_parallel, expert_wise_scale=True, batch_size=4
-    )
-
-    assert config.neuron_config.expert_wise_scale
-
-
-def test_one_logical_core_is_refused_where_the_kernel_runs(
-    nxdi: Any, moe: Path, fp8: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one_core = {"blockwise_matmul_config": {"logical_nc_config": 1}, "logical_nc_config": 1}
-    on_a_cpu = nxdi.inference_config(moe, **fp8, expert_wise_scale=True, **copy.deepcopy(one_core))
-    assert on_a_cpu.neuron_config.expert_wise_scale
-
-    monkeypatch.setenv("NXD_CPU_MODE", "0")
-    with pytest.raises(ConfigurationError, match="logical_nc_config=2"):
-        nxdi.inference_config(moe, **fp8, expert_wise_scale=True, **one_core)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nxdi_expertscale.checkpoint import quantize_checkpoint
+from nxdi_expertscale.checkpoint import neuron_settings, quantize_checkpoint
+from tests import checkpoints
 from tests.upstream import models
 
 
@@ -34,15 +36,16 @@ def in_dtype(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return save
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
-    "excluded",
+    ("dtype", "excluded"),
     [
-        [],
-        ["self_attn"],
-        ["lm_head", "layers.1.mlp.experts"],
-        ["model.layers.0"],
-        ["o_proj", "mlp"],
+        (torch.float32, []),
+        (torch.float16, []),
+        (torch.bfloat16, []),
+        (torch.bfloat16, ["self_attn"]),
+        (torch.bfloat16, ["lm_head", "layers.1.mlp.experts"]),
+        (torch.bfloat16, ["model.layers.0"]),
+        (torch.bfloat16, ["o_proj", "mlp"]),
     ],
 )
 def test_every_tensor_is_that_of_nxdis_own_step(
@@ -72,3 +75,30 @@ def test_the_output_can_be_the_models_own_folder(nxdi: Any, moe: Path, tmp_path:
     again = type(config).from_json_string(config.to_json_string())
     assert again.num_experts == models.EXPERTS
     assert again.neuron_config.quantization_type == "per_channel_symmetric"
+
+
+@pytest.mark.usefixtures("active")
+@pytest.mark.parametrize(
+    ("form", "config", "excluded"),
+    [
+        (dict, {}, []),
+        (dict, {}, ["layers.1.mlp.experts", "layers.0.self_attn"]),
+        (checkpoints.in_blocks, {"quantization_config": checkpoints.BLOCKS_CONFIG}, []),
+        (checkpoints.by_channel, {"quantization_config": checkpoints.COMPRESSED_CONFIG}, []),
+        (checkpoints.by_tensor, {"quantization_config": checkpoints.COMPRESSED_CONFIG}, []),
+    ],
+)
+def test_each_kind_of_output_is_loaded_and_run(
+    nxdi: Any, moe: Path, tmp_path: Path, form: Any, config: dict[str, Any], excluded: list[str]
+) -> None:
+    original = json.loads((moe / "config.json").read_text())
+    values = form(checkpoints.load(moe))
+    source = checkpoints.save(tmp_path / "source", values, config={**original, **config})
+    quantize_checkpoint(source, tmp_path / "dst", modules_to_not_convert=excluded)
+    settings = neuron_settings(tmp_path / "dst").neuron_config
+
+    loaded = nxdi.load(moe, **settings)
+
+    # Twice as much where it is the second rounding to FP8.
+    assert max(nxdi.moe_errors(moe, loaded)) < (0.06 if form is dict else 0.12)
+    assert torch.isfinite(loaded.logits(models.prompt())).all()

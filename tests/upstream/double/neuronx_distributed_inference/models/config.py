@@ -29,6 +29,7 @@ _DEFAULTS: dict[str, Any] = {
     "is_continuous_batching": False,
     "async_mode": False,
     "enable_bucketing": False,
+    "context_encoding_buckets": None,
     "quantized": False,
     "quantized_checkpoints_path": None,
     "quantization_type": "per_tensor_symmetric",
@@ -112,6 +113,14 @@ class NeuronConfig:
             )
 
 
+class HybridShardingConfig:
+    def __init__(self, **degrees: int) -> None:
+        for stage in ("cte", "tkg"):
+            for kind in ("tp", "ep"):
+                name = f"moe_{stage}_{kind}_degree"
+                setattr(self, name, degrees.get(name, 1))
+
+
 class MoENeuronConfig(NeuronConfig):
     def __init__(
         self, capacity_factor: float | None = None, glu_mlp: bool = True, **kwargs: Any
@@ -121,7 +130,10 @@ class MoENeuronConfig(NeuronConfig):
         self.normalize_top_k_affinities = not kwargs.pop(
             "disable_normalize_top_k_affinities", False
         )
-        self.hybrid_sharding_config = kwargs.pop("hybrid_sharding_config", None)
+        hybrid = kwargs.pop("hybrid_sharding_config", None)
+        if isinstance(hybrid, dict):
+            hybrid = HybridShardingConfig(**hybrid)
+        self.hybrid_sharding_config = hybrid
         self.moe_tp_degree = kwargs.pop("moe_tp_degree", 1)
         self.moe_ep_degree = kwargs.pop("moe_ep_degree", 1)
         blockwise = kwargs.pop("blockwise_matmul_config", {})

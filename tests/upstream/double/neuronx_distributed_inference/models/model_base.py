@@ -99,16 +99,18 @@ class GroupQueryAttentionO(nn.Module):
 
 
 class NeuronAttentionBase(nn.Module):
-    """Causal attention with norms of queries and keys."""
+    """Causal attention, with norms of queries and keys or without."""
 
-    def __init__(self, config: InferenceConfig) -> None:
+    def __init__(self, config: InferenceConfig, qk_norm: bool) -> None:
         super().__init__()
         self.head_dim, self.base = config.head_dim, config.rope_theta
         self.rank_util = SPMDRank(world_size=config.neuron_config.tp_degree)
         self.qkv_proj = GroupQueryAttentionQKV(config)
         self.o_proj = GroupQueryAttentionO(config)
-        self.q_layernorm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.k_layernorm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.q_layernorm, self.k_layernorm = (
+            nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if qk_norm else nn.Identity()
+            for _ in range(2)
+        )
 
     def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         query, key, value = (
@@ -134,9 +136,9 @@ class KVCacheManager(nn.Module):
 
 
 class NeuronDecoderLayer(nn.Module):
-    def __init__(self, config: InferenceConfig, mlp: nn.Module) -> None:
+    def __init__(self, config: InferenceConfig, mlp: nn.Module, qk_norm: bool) -> None:
         super().__init__()
-        self.self_attn = NeuronAttentionBase(config)
+        self.self_attn = NeuronAttentionBase(config, qk_norm)
         self.mlp = mlp
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -151,6 +153,8 @@ class NeuronDecoderLayer(nn.Module):
 class NeuronBaseModel(nn.Module):
     """A decoder; a subclass says what the feed-forward block of its layers is."""
 
+    qk_norm = True
+
     def __init__(self, config: InferenceConfig) -> None:
         super().__init__()
         self.config = config
@@ -159,7 +163,7 @@ class NeuronBaseModel(nn.Module):
         dtype = config.neuron_config.torch_dtype
         self.embed_tokens = ParallelEmbedding(config.vocab_size, config.hidden_size, dtype)
         self.layers = nn.ModuleList(
-            NeuronDecoderLayer(config, self.feed_forward(config))
+            NeuronDecoderLayer(config, self.feed_forward(config), self.qk_norm)
             for _ in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

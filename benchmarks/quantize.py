@@ -1,0 +1,258 @@
+"""Quantizing a checkpoint: this package, NxDI's own step, llm-compressor, and a plain copy.
+
+    python benchmarks/quantize.py [--gigabytes 2.5] [--repeat 3] [--json]
+        [--upstream FOLDER] [--llmcompressor PYTHON]
+
+Each runs as a process of its own on the same input, which is in the page cache, and writes to the
+same disk; wall time and peak resident memory are the process's, the step's time is measured inside
+it. The best of the repetitions counts. A peer that is not there is left out, and named.
+
+``--upstream`` is a folder with a release's sources, ``nxdi/src`` and ``nxd/src`` (as ``0.9`` in
+``NXDI_EXPERTSCALE_UPSTREAM``); ``--llmcompressor`` is a Python that has llm-compressor installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+HIDDEN, INNER, EXPERTS, VOCABULARY = 2048, 768, 128, 8192
+LAYER_BYTES = 2 * (3 * EXPERTS * HIDDEN * INNER + HIDDEN * (2 * 4096 + 2 * 512))
+SHARD_BYTES = 4_000_000_000
+"""As large as the shards of published checkpoints."""
+
+REPOSITORY = Path(__file__).parent.parent
+
+OURS = """
+import sys
+from nxdi_expertscale import quantize_checkpoint
+print("STEP", quantize_checkpoint(sys.argv[1], sys.argv[2]).seconds)
+"""
+
+COPY = """
+import shutil, sys, time
+started = time.perf_counter()
+shutil.copytree(sys.argv[1], sys.argv[2])
+print("STEP", time.perf_counter() - started)
+"""
+
+NXDI = """
+import sys, time
+from pathlib import Path
+from tests.upstream.targets import Target
+upstream = Path(sys.argv[3])
+Target(upstream.name, (upstream / "nxdi" / "src", upstream / "nxd" / "src")).prepare()
+from tests.upstream import running
+started = time.perf_counter()
+running.quantize(Path(sys.argv[1]), Path(sys.argv[2]))
+print("STEP", time.perf_counter() - started)
+"""
+
+LLM_COMPRESSOR = """
+import sys, time
+from llmcompressor import model_free_ptq
+started = time.perf_counter()
+model_free_ptq(sys.argv[1], sys.argv[2], scheme="FP8_DYNAMIC", device="cpu",
+               ignore=["re:.*mlp.gate$", "model.embed_tokens"])
+print("STEP", time.perf_counter() - started)
+"""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The best of several runs: seconds, and megabytes of peak resident memory."""
+
+    process_seconds: float
+    step_seconds: float
+    peak_megabytes: float
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    commands = {
+        "nxdi-expertscale": [sys.executable, "-c", OURS],
+        "plain copy": [sys.executable, "-c", COPY],
+    }
+    left_out = {}
+    if arguments.upstream:
+        commands["NxDI save_quantized_state_dict"] = [sys.executable, "-c", NXDI]
+    else:
+        left_out["NxDI save_quantized_state_dict"] = "--upstream names no sources"
+    if arguments.llmcompressor:
+        commands["llm-compressor model_free_ptq"] = [arguments.llmcompressor, "-c", LLM_COMPRESSOR]
+    else:
+        left_out["llm-compressor model_free_ptq"] = "--llmcompressor names no Python"
+    extra = [str(Path(arguments.upstream).resolve())] if arguments.upstream else []
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        source = Path(folder, "source")
+        nbytes = make_checkpoint(source, arguments.gigabytes)
+        measured = {
+            name: best([*command], source, Path(folder, "output"), extra, arguments.repeat)
+            for name, command in commands.items()
+        }
+    result = {
+        "source_bytes": nbytes,
+        "cores": len(os.sched_getaffinity(0)),
+        "measured": {name: asdict(value) for name, value in measured.items()},
+        "times_as_fast": {
+            name: {
+                "process": value.process_seconds / measured["nxdi-expertscale"].process_seconds,
+                "step": value.step_seconds / measured["nxdi-expertscale"].step_seconds,
+            }
+            for name, value in measured.items()
+        },
+        "left_out": left_out,
+    }
+    print(json.dumps(result, indent=2) if arguments.json else table(result, measured))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--gigabytes", type=float, default=2.5, help="size of the input")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each, of which the best")
+    parser.add_argument("--folder", help="where to work; needs thrice the size of the input")
+    parser.add_argument("--upstream", help="sources of a release: nxdi/src and nxd/src")
+    parser.add_argument("--llmcompressor", help="a Python that has llm-compressor")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args()
+
+
+def best(
+    command: Sequence[str], source: Path, output: Path, extra: Sequence[str], repeat: int
+) -> Measurement:
+    runs = []
+    for _ in range(repeat):
+        shutil.rmtree(output, ignore_errors=True)
+        runs.append(run([*command, str(source), str(output), *extra]))
+    shutil.rmtree(output)
+    return min(runs, key=lambda measured: measured.process_seconds)
+
+
+def run(command: Sequence[str]) -> Measurement:
+    started = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as printed:
+        process = subprocess.Popen(
+            command, stdout=printed, stderr=subprocess.STDOUT, cwd=REPOSITORY
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        elapsed = time.perf_counter() - started
+        printed.seek(0)
+        lines = printed.read().splitlines()
+    if status != 0:
+        sys.exit("\n".join([f"{command[:1]} failed:", *lines[-20:]]))
+    step = next(float(line.split()[1]) for line in reversed(lines) if line.startswith("STEP "))
+    return Measurement(elapsed, step, usage.ru_maxrss / 1024)
+
+
+def make_checkpoint(folder: Path, gigabytes: float) -> int:
+    """Write Qwen3-30B-A3B's layers, as many as make the size; its bytes."""
+    layers = max(1, round(gigabytes * 1e9 / LAYER_BYTES))
+    folder.mkdir()
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": HIDDEN,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": INNER,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": VOCABULARY,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    weight_map: dict[str, str] = {}
+    shards = list(in_shards(weights(layers)))
+    for number, shard in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file(dict(materialized(shard)), folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys((name for name, _ in shard), file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def weights(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each tensor."""
+    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        yield f"{prefix}.input_layernorm.weight", (HIDDEN,)
+        yield f"{prefix}.post_attention_layernorm.weight", (HIDDEN,)
+        yield f"{prefix}.self_attn.q_norm.weight", (128,)
+        yield f"{prefix}.self_attn.k_norm.weight", (128,)
+        yield f"{prefix}.self_attn.q_proj.weight", (4096, HIDDEN)
+        yield f"{prefix}.self_attn.k_proj.weight", (512, HIDDEN)
+        yield f"{prefix}.self_attn.v_proj.weight", (512, HIDDEN)
+        yield f"{prefix}.self_attn.o_proj.weight", (HIDDEN, 4096)
+        yield f"{prefix}.mlp.gate.weight", (EXPERTS, HIDDEN)
+        for expert in range(EXPERTS):
+            yield f"{prefix}.mlp.experts.{expert}.gate_proj.weight", (INNER, HIDDEN)
+            yield f"{prefix}.mlp.experts.{expert}.up_proj.weight", (INNER, HIDDEN)
+            yield f"{prefix}.mlp.experts.{expert}.down_proj.weight", (HIDDEN, INNER)
+    yield "model.norm.weight", (HIDDEN,)
+    yield "lm_head.weight", (VOCABULARY, HIDDEN)
+
+
+Shard = list[tuple[str, tuple[int, ...]]]
+
+
+def in_shards(tensors: Iterator[tuple[str, tuple[int, ...]]]) -> Iterator[Shard]:
+    shard: Shard = []
+    size = 0
+    for name, shape in tensors:
+        if size > SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append((name, shape))
+        size += 2 * math.prod(shape)
+    yield shard
+
+
+def materialized(shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a shard, with numbers that are quick to make."""
+    numbers = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) / 50
+    for seed, (name, shape) in enumerate(shard):
+        repeats = -(-math.prod(shape) // numbers.numel())
+        values = numbers.roll(seed).repeat(repeats)[: math.prod(shape)].view(shape)
+        yield name, (values * 2.0 ** (seed % 5)).to(torch.bfloat16)
+
+
+def table(result: dict[str, object], measured: dict[str, Measurement]) -> str:
+    ours = measured["nxdi-expertscale"]
+    lines = [f"{'':32}{'process':>10}{'step':>10}{'memory':>10}{'we are as fast':>24}"]
+    for name, value in measured.items():
+        times = (
+            f"{value.process_seconds / ours.process_seconds:.1f} x, step "
+            f"{value.step_seconds / ours.step_seconds:.1f} x"
+        )
+        lines.append(
+            f"{name:32}{value.process_seconds:8.1f} s{value.step_seconds:8.1f} s"
+            f"{value.peak_megabytes:7.0f} MB{times:>24}"
+        )
+    left_out = result["left_out"]
+    assert isinstance(left_out, dict)
+    lines += [f"left out: {name}: {why}" for name, why in left_out.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What people look at: pictures, drawn with matplotlib, the optional extra ``plot``."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nxdi_expertscale import report
+from nxdi_expertscale.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from nxdi_expertscale.checkpoint import Inspection
+    from nxdi_expertscale.evaluation import Evaluation
+
+_FORMATS = (".png", ".pdf", ".svg")
+_ORIGINAL, _EXPERT_WISE, _AVERAGED = "tab:gray", "tab:blue", "tab:red"
+
+
+def check_file(file: Path) -> None:
+    """Check that a picture can be drawn into a file, before what it shows is computed.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed, or cannot write such a file.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigurationError(
+            "--plot: needs matplotlib; install it with: pip install 'nxdi-expertscale[plot]'"
+        )
+    if file.suffix.lower() not in _FORMATS:
+        raise ConfigurationError(f"--plot: {file} has to end in .png, .pdf or .svg")
+    if not file.absolute().parent.is_dir():
+        raise ConfigurationError(f"--plot: {file.parent} is not a folder; name one that is there")
+
+
+def draw_heat_map(result: Inspection, file: Path) -> None:
+    """Draw how far each expert's scale lies from the mean of its layer.
+
+    One row for each layer, one column for each expert; beside it the error that one shared scale
+    would cause in each layer.
+
+    Args:
+        result: What was found.
+        file: The file to write, one that :func:`check_file` let pass.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+
+    names = [str(layer.layer) for layer in result.layers]
+    ratios = [layer.experts for layer in result.layers]
+    # Symmetric about 1, and never so narrow that differences of a percent look like much.
+    extreme = max(1.25, *(max(ratio, 1 / ratio) for row in ratios for ratio in row))
+    figure = _figure(11, max(3.2, 0.22 * len(names) + 2))
+    heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
+    image = heat.imshow(
+        ratios,
+        aspect="auto",
+        cmap="RdBu_r",
+        norm=LogNorm(1 / extreme, extreme),
+        interpolation="nearest",
+    )
+    heat.set(xlabel="expert", ylabel="layer", title="scale of each expert over its layer's mean")
+    heat.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+    step = -(-len(names) // 48)
+    heat.set_yticks(range(0, len(names), step), names[::step])
+    steps = [extreme ** (part / 4) for part in range(-4, 5)]
+    bar = figure.colorbar(image, ax=heat, ticks=steps, format=FuncFormatter(_ratio), pad=0.02)
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    bars.barh(range(len(names)), [layer.shared_scale_error for layer in result.layers], color="0.4")
+    bars.set(xlabel="error of the weights", title="with one shared scale", xlim=(0, None))
+    bars.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figure.suptitle(f"{result.folder.name}: how far the experts' scales lie apart")
+    figure.savefig(file, dpi=150)
+
+
+def _ratio(value: float, _position: int | None = None) -> str:
+    return f"{value:.2f}" if value >= 1 else f"1/{1 / value:.2f}"
+
+
+def draw_evaluation(result: Evaluation, file: Path) -> None:
+    """Draw the error of each layer's experts, and the perplexities.
+
+    Args:
+        result: What was measured.
+        file: The file to write, one that :func:`check_file` let pass.
+    """
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = _figure(10, 4)
+    layers, perplexities = figure.subplots(1, 2, width_ratios=(3, 2))
+    kinds = report.scale_kinds(result)
+    for (name, found), colour in zip(kinds.items(), (_EXPERT_WISE, _AVERAGED), strict=True):
+        numbers, errors = zip(*found.layer_errors.items(), strict=True)
+        layers.plot(numbers, errors, marker="o", color=colour, label=f"scales: {name}")
+    layers.set(xlabel="layer", ylim=(0, None), title="error of the experts, given the same input")
+    layers.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layers.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    layers.grid(axis="y", alpha=0.3)
+    layers.legend()
+    values = [result.perplexity, *(found.perplexity for found in kinds.values())]
+    names = ["original", *(name.replace(", ", ",\n") for name in kinds)]
+    bars = perplexities.bar(names, values, color=(_ORIGINAL, _EXPERT_WISE, _AVERAGED))
+    perplexities.bar_label(bars, fmt="{:.4g}")
+    perplexities.set(title="perplexity (lower is better)")
+    perplexities.margins(y=0.1)
+    figure.suptitle(f"{result.destination.name}, {result.tokens} tokens of text")
+    figure.savefig(file, dpi=150)
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty picture, sizes in inches. Nothing global of matplotlib is touched."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

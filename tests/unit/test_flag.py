@@ -1,0 +1,301 @@
+"""What the flag means: each row of DESIGN's table, on configs that hold nothing but attributes."""
+
+from __future__ import annotations
+
+import enum
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nxdi_expertscale import ConfigurationError, flag
+from nxdi_expertscale.families import BUILT_IN, MIXTRAL, QWEN3_MOE
+
+
+class QuantizationType(enum.Enum):
+    PER_CHANNEL_SYMMETRIC = "per_channel_symmetric"
+    PER_TENSOR_SYMMETRIC = "per_tensor_symmetric"
+
+
+class QuantizedDtype(enum.Enum):
+    F8E4M3 = "torch.float8_e4m3fn"
+    INT8 = "torch.int8"
+
+
+def neuron_config(**settings: Any) -> Any:
+    usual = {
+        "expert_wise_scale": True,
+        "quantized": True,
+        "quantization_type": "per_channel_symmetric",
+    }
+    return SimpleNamespace(**{**usual, **settings})
+
+
+def model_config(**sizes: Any) -> Any:
+    usual = {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8}
+    return SimpleNamespace(**{**usual, **sizes})
+
+
+def check(settings: Any, model: Any = None, *, on_cpu: bool = True) -> None:
+    flag.check_model(settings, model or model_config(), QWEN3_MOE, on_cpu=on_cpu)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_boolean_is_taken(value: bool) -> None:
+    assert flag.parse(value) is value
+    assert flag.is_on(SimpleNamespace(expert_wise_scale=value)) is value
+
+
+@pytest.mark.parametrize("value", ["true", "false", 1, 0, None, "", []])
+def test_anything_else_is_refused(value: object) -> None:
+    with pytest.raises(ConfigurationError, match="expert_wise_scale must be true or false, not"):
+        flag.parse(value)
+    assert not flag.is_on(SimpleNamespace(expert_wise_scale=value))
+
+
+def test_config_without_the_flag_has_it_off() -> None:
+    assert not flag.is_on(SimpleNamespace())
+    assert not flag.is_on(None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"quantized": True}, True),
+        ({"quantized": False, "quantized_mlp_kernel_enabled": True}, True),
+        ({"quantized": False}, False),
+        ({"quantized": False, "quantized_mlp_kernel_enabled": False}, False),
+        ({}, False),
+    ],
+)
+def test_quantized_by_either_setting(settings: dict[str, Any], expected: bool) -> None:
+    assert flag.is_quantized(SimpleNamespace(**settings)) is expected
+
+
+@pytest.mark.parametrize("found", ["per_channel_symmetric", QuantizationType.PER_CHANNEL_SYMMETRIC])
+def test_per_channel_is_what_the_flag_needs(found: object) -> None:
+    flag.check_neuron_config(neuron_config(quantization_type=found))
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        "per_tensor_symmetric",
+        "expert_wise_per_channel_symmetric",
+        "blockwise_symmetric",
+        QuantizationType.PER_TENSOR_SYMMETRIC,
+    ],
+)
+def test_another_type_is_refused_with_the_one_to_use(found: object) -> None:
+    name = str(getattr(found, "value", found))
+    with pytest.raises(
+        ConfigurationError, match=f"quantization_type='per_channel_symmetric', not '{name}'"
+    ):
+        flag.check_neuron_config(neuron_config(quantization_type=found))
+    flag.check_neuron_config(neuron_config(quantization_type=found, expert_wise_scale=False))
+    flag.check_neuron_config(neuron_config(quantization_type=found, quantized=False))
+
+
+def test_flag_without_quantization_is_warned_of_and_nothing_else_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        flag.warn_if_without_effect(neuron_config())
+        flag.warn_if_without_effect(neuron_config(quantized=False, expert_wise_scale=False))
+        assert caplog.messages == []
+        flag.warn_if_without_effect(neuron_config(quantized=False))
+    assert len(caplog.messages) == 1
+    assert "expert_wise_scale has no effect" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, True),
+        ({"expert_wise_scale": False}, False),
+        (
+            {
+                "expert_wise_scale": False,
+                "quantization_type": "expert_wise_per_channel_symmetric",
+            },
+            True,
+        ),
+    ],
+)
+def test_scales_stay_apart_by_the_flag_or_by_upstreams_own_type(
+    settings: dict[str, Any], expected: bool
+) -> None:
+    assert flag.fuses_expert_wise(neuron_config(**settings)) is expected
+
+
+def test_exclusions_are_read_as_they_are() -> None:
+    assert flag.exclusions(SimpleNamespace(modules_to_not_convert=["a", "b"])) == ("a", "b")
+    assert flag.exclusions(SimpleNamespace(modules_to_not_convert=None)) == ()
+    assert flag.exclusions(SimpleNamespace()) == ()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("f8e4m3", True),
+        ("F8E5M2", True),
+        (QuantizedDtype.F8E4M3, True),
+        ("int8", False),
+        (QuantizedDtype.INT8, False),
+    ],
+)
+def test_fp8_by_name_or_by_nxds_own_type(dtype: object, expected: bool) -> None:
+    assert flag.is_fp8(SimpleNamespace(quantization_dtype=dtype)) is expected
+    assert not flag.is_fp8(SimpleNamespace())
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "smallest"), [(128, 8, 16), (8, 2, 4), (10, 3, 4), (9, 3, 3), (8, 8, 1)]
+)
+def test_expert_parallel_needs_the_smallest_batch_that_chooses_every_expert(
+    experts: int, top_k: int, smallest: int
+) -> None:
+    model = model_config(num_experts=experts, num_experts_per_tok=top_k)
+    check(neuron_config(moe_ep_degree=2, batch_size=smallest), model)
+    check(neuron_config(moe_ep_degree=1, batch_size=1), model)
+    if smallest == 1:
+        return
+    with pytest.raises(
+        ConfigurationError,
+        match=rf"degree 2\): a token-generation batch of {smallest - 1} with {top_k} of {experts} "
+        r".*"
+        rf"batch_size of at least {smallest}, or moe_ep_degree=1",
+    ):
+        check(neuron_config(moe_ep_degree=2, batch_size=smallest - 1), model)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ep_degree": 2, "batch_size": 15},
+        {"moe_ep_degree": 1, "ep_degree": 4, "batch_size": 15},
+        {"moe_ep_degree": 2},
+        {"moe_ep_degree": 2, "batch_size": 16, "tkg_batch_size": 15},
+        {
+            "moe_ep_degree": 2,
+            "batch_size": 16,
+            "chunked_prefill_config": SimpleNamespace(max_num_seqs=15),
+        },
+        {"batch_size": 15, "hybrid_sharding_config": SimpleNamespace(moe_tkg_ep_degree=2)},
+    ],
+)
+def test_wherever_the_degree_and_the_batch_are_set(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="selectively"):
+        check(neuron_config(**settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"moe_ep_degree": None, "ep_degree": None, "batch_size": 1},
+        {"moe_ep_degree": 2, "batch_size": 1, "tkg_batch_size": 16},
+        {
+            "moe_ep_degree": 2,
+            "batch_size": 1,
+            "chunked_prefill_config": SimpleNamespace(max_num_seqs=16),
+        },
+        {
+            "moe_ep_degree": 2,
+            "batch_size": 16,
+            "chunked_prefill_config": SimpleNamespace(max_num_seqs=0),
+        },
+        # Hybrid sharding has a degree of its own for token generation.
+        {
+            "moe_ep_degree": 2,
+            "batch_size": 1,
+            "hybrid_sharding_config": SimpleNamespace(moe_tkg_ep_degree=1),
+        },
+        {"moe_ep_degree": 2, "batch_size": 1, "expert_wise_scale": False},
+        {"moe_ep_degree": 2, "batch_size": 1, "quantized": False},
+    ],
+)
+def test_nothing_is_refused_that_would_run(settings: dict[str, Any]) -> None:
+    check(neuron_config(**settings))
+
+
+def test_model_whose_sizes_are_not_known_yet_is_let_through() -> None:
+    unknown = SimpleNamespace(model_type="qwen3_moe")
+
+    check(neuron_config(moe_ep_degree=2, batch_size=1), unknown)
+
+
+KERNEL = SimpleNamespace(logical_nc_config=2, use_torch_block_wise=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"logical_nc_config": 1}, "needs logical_nc_config=2, not 1"),
+        (
+            {"blockwise_matmul_config": SimpleNamespace(logical_nc_config=1)},
+            "needs blockwise_matmul_config.logical_nc_config=2, not 1",
+        ),
+        (
+            {"logical_nc_config": 1, "blockwise_matmul_config": KERNEL},
+            "needs logical_nc_config=2, not 1",
+        ),
+    ],
+)
+def test_another_logical_nc_is_refused_where_the_kernel_runs(
+    settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=says) as refused:
+        check(neuron_config(**settings), on_cpu=False)
+
+    assert 'blockwise_matmul_config={"use_torch_block_wise": True}' in str(refused.value)
+    check(neuron_config(**settings), on_cpu=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"logical_nc_config": 2, "blockwise_matmul_config": KERNEL},
+        {"logical_nc_config": 1, "capacity_factor": 1.0},
+        {"logical_nc_config": 1, "glu_mlp": False},
+        {
+            "logical_nc_config": 1,
+            "blockwise_matmul_config": SimpleNamespace(
+                logical_nc_config=1, use_torch_block_wise=True
+            ),
+        },
+    ],
+)
+def test_logical_nc_is_free_where_the_kernel_does_not_run(settings: dict[str, Any]) -> None:
+    check(neuron_config(**settings), on_cpu=False)
+
+
+def test_dense_model_is_left_alone_whatever_its_config_says() -> None:
+    settings = neuron_config(moe_ep_degree=2, batch_size=1, logical_nc_config=1)
+
+    flag.check_model(settings, model_config(), None, on_cpu=False)
+
+
+def test_family_is_known_by_model_type_or_by_the_module_of_the_config() -> None:
+    assert flag.family_of_model(model_config(), BUILT_IN) is QWEN3_MOE
+    assert flag.family_of_model(model_config(model_type="mixtral"), BUILT_IN) is MIXTRAL
+    assert flag.family_of_model(model_config(model_type="qwen3"), BUILT_IN) is None
+    assert flag.family_of_model(None, BUILT_IN) is None
+
+    module = QWEN3_MOE.converter.partition(":")[0]
+    own = type("Config", (), {"__module__": module})
+    derived = type("Derived", (own,), {"__module__": "elsewhere"})
+    assert flag.family_of_model(derived(), BUILT_IN) is QWEN3_MOE
+    # A type that is named and that of another model decides.
+    derived.model_type = "qwen3"  # type: ignore[attr-defined]
+    assert flag.family_of_model(derived(), BUILT_IN) is None
+
+
+@pytest.mark.parametrize("kind", ["dbrx", "gpt_oss"])
+def test_model_that_cannot_have_it_is_refused_with_the_reason(kind: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"not supported for '{kind}': .+"):
+        flag.refuse_unsupported(neuron_config(), model_config(model_type=kind))
+    for settings in ({"expert_wise_scale": False}, {"quantized": False}):
+        flag.refuse_unsupported(neuron_config(**settings), model_config(model_type=kind))
+    flag.refuse_unsupported(neuron_config(), model_config(model_type="qwen3"))

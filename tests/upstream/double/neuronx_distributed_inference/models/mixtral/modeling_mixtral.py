@@ -1,0 +1,91 @@
+"""Mixtral. Its converter fuses the experts' weights, and knows nothing of their scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from neuronx_distributed.modules.moe.model import ExpertMLPsV2, MoE, RouterTopK
+from torch import nn
+from transformers import MixtralForCausalLM
+
+from neuronx_distributed_inference.models.config import InferenceConfig, MoENeuronConfig
+from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM, NeuronBaseModel
+
+
+def convert_mixtral_to_neuron_state_dict(
+    neuron_state_dict: dict[str, Any], config: Any
+) -> dict[str, Any]:
+    assert config.neuron_config.glu_mlp is True, "Only GLU MLP is supported"
+    ranks = torch.arange(config.neuron_config.tp_degree, dtype=torch.int32)
+    neuron_state_dict["rank_util.rank"] = ranks
+    for layer in range(config.num_hidden_layers):
+        block, fused = f"layers.{layer}.block_sparse_moe", f"layers.{layer}.mlp.expert_mlps.mlp_op"
+        router = neuron_state_dict.pop(f"{block}.gate.weight")
+        neuron_state_dict[f"layers.{layer}.mlp.router.linear_router.weight"] = router
+        neuron_state_dict[f"layers.{layer}.self_attn.rank_util.rank"] = ranks.clone()
+        gate, up, down = (
+            torch.stack(
+                [
+                    neuron_state_dict.pop(f"{block}.experts.{expert}.{name}.weight").T
+                    for expert in range(config.num_local_experts)
+                ]
+            )
+            for name in ("w1", "w3", "w2")
+        )
+        neuron_state_dict[f"{fused}.gate_up_proj.weight"] = torch.cat([gate, up], dim=2)
+        neuron_state_dict[f"{fused}.down_proj.weight"] = down
+    return neuron_state_dict
+
+
+class MixtralInferenceConfig(InferenceConfig):
+    def get_required_attributes(self) -> list[str]:
+        return [
+            "hidden_size",
+            "num_experts_per_tok",
+            "num_hidden_layers",
+            "num_local_experts",
+            "vocab_size",
+        ]
+
+    @classmethod
+    def get_neuron_config_cls(cls) -> type[MoENeuronConfig]:
+        return MoENeuronConfig
+
+
+class NeuronMixtralModel(NeuronBaseModel):
+    qk_norm = False
+
+    def feed_forward(self, config: Any) -> nn.Module:
+        settings = config.neuron_config
+        experts, top_k = config.num_local_experts, config.num_experts_per_tok
+        router = RouterTopK(experts, top_k, config.hidden_size, settings.torch_dtype)
+        return MoE(
+            router,
+            ExpertMLPsV2(
+                experts,
+                top_k,
+                config.hidden_size,
+                config.intermediate_size,
+                settings.torch_dtype,
+                settings.normalize_top_k_affinities,
+            ),
+        )
+
+
+class NeuronMixtralForCausalLM(NeuronBaseForCausalLM):
+    _model_cls = NeuronMixtralModel
+
+    @classmethod
+    def get_config_cls(cls) -> type[InferenceConfig]:
+        return MixtralInferenceConfig
+
+    @staticmethod
+    def load_hf_model(model_path: str) -> Any:
+        return MixtralForCausalLM.from_pretrained(model_path)
+
+    @staticmethod
+    def convert_hf_to_neuron_state_dict(
+        state_dict: dict[str, Any], config: InferenceConfig
+    ) -> dict[str, Any]:
+        return convert_mixtral_to_neuron_state_dict(state_dict, config)
