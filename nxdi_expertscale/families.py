@@ -17,6 +17,9 @@ from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 GATE_UP = "gate_up_proj"
 DOWN = "down_proj"
 
+_NUMBER = "(?:0|[1-9][0-9]{0,8})"
+"""A number as models write it: ASCII, without leading zeros, and not of a million digits."""
+
 
 @dataclass(frozen=True)
 class ExpertTensor:
@@ -158,16 +161,16 @@ class MoEFamily:
 
     @cached_property
     def _expert_pattern(self) -> re.Pattern[str]:
-        path = re.escape(self.experts).replace(re.escape("{layer}"), r"(?P<layer>\d+)")
+        path = re.escape(self.experts).replace(re.escape("{layer}"), rf"(?P<layer>{_NUMBER})")
         names = "|".join(re.escape(name) for name in self.projections)
         return re.compile(
-            rf"(?:^|\.){path}\.(?P<expert>\d+)\.(?P<projection>{names})\.(?P<suffix>\w+)$"
+            rf"(?:^|\.){path}\.(?P<expert>{_NUMBER})\.(?P<projection>{names})\.(?P<suffix>\w+)\Z"
         )
 
     @cached_property
     def _router_pattern(self) -> re.Pattern[str]:
-        path = re.escape(self.router).replace(re.escape("{layer}"), r"(?P<layer>\d+)")
-        return re.compile(rf"(?:^|\.){path}\.(?P<suffix>\w+)$")
+        path = re.escape(self.router).replace(re.escape("{layer}"), rf"(?P<layer>{_NUMBER})")
+        return re.compile(rf"(?:^|\.){path}\.(?P<suffix>\w+)\Z")
 
     def parse_expert_key(self, key: str) -> ExpertTensor | None:
         """Read the place of an expert's tensor from its name; None if it is another tensor's."""
@@ -180,8 +183,8 @@ class MoEFamily:
 
     @cached_property
     def _stacked_pattern(self) -> re.Pattern[str]:
-        path = re.escape(self.experts).replace(re.escape("{layer}"), r"(?P<layer>\d+)")
-        return re.compile(rf"(?:^|\.){path}\.(?P<fused>{'|'.join(self.fused)})$")
+        path = re.escape(self.experts).replace(re.escape("{layer}"), rf"(?P<layer>{_NUMBER})")
+        return re.compile(rf"(?:^|\.){path}\.(?P<fused>{'|'.join(self.fused)})\Z")
 
     def parse_stacked_key(self, key: str) -> tuple[int, str] | None:
         """The layer, and the key of :attr:`fused`, of a tensor with all experts of a layer."""
@@ -280,7 +283,7 @@ class MoEFamily:
 
     @cached_property
     def _module_pattern(self) -> re.Pattern[str]:
-        path = re.escape(self.expert_mlps).replace(re.escape("{layer}"), r"(?P<layer>\d+)")
+        path = re.escape(self.expert_mlps).replace(re.escape("{layer}"), rf"(?P<layer>{_NUMBER})")
         return re.compile(rf"(?:^|\.){path}(?:\.|$)")
 
     def experts_of(self, config: Any) -> int | None:
