@@ -62,10 +62,12 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Enviro
 def checkpoint(tmp_path: Path) -> Path:
     """A model of one layer, as the published ones are laid out."""
     generator = torch.Generator().manual_seed(0)
+    attention = "model.language_model.layers.0.self_attn"
     model = "model.language_model"
     shapes = {
         f"{model}.embed_tokens.weight": (VOCABULARY, HIDDEN),
         "lm_head.weight": (VOCABULARY, HIDDEN),
+        **{f"{attention}.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkv"},
         f"{model}.layers.0.mlp.gate.weight": (EXPERTS, HIDDEN),
         f"{model}.layers.0.mlp.experts.gate_up_proj": (EXPERTS, 2 * INNER, HIDDEN),
         f"{model}.layers.0.mlp.experts.down_proj": (EXPERTS, HIDDEN, INNER),
@@ -120,6 +122,7 @@ def test_family_takes_a_checkpoint_all_the_way(
         assert scale.shape == (EXPERTS, 1, outputs)
         expected = original[f"model.language_model.layers.0.mlp.experts.{name}"].transpose(1, 2)
         torch.testing.assert_close(weight.float() * scale, expected, rtol=0.07, atol=1e-2)
+    assert converted["layers.0.self_attn.Wqkv.scale"].shape == (3 * HIDDEN, 1)
     kept = "mlp.shared_expert.down_proj.weight"
     assert torch.equal(
         converted[f"layers.0.{kept}"], original[f"model.language_model.layers.0.{kept}"]

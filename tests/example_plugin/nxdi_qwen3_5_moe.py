@@ -18,6 +18,8 @@ QWEN3_5_MOE = MoEFamily(
     prefixes=("model.language_model.", "model.", ""),
     stacked=Stacking.OUTPUTS_FIRST,
     converter_reads_stacked=True,
+    # It fuses those of the attention.
+    converter_knows_scales=True,
     # The converter renames these weights and leaves their scales where they are.
     full_precision=("shared_expert", "visual", "mtp"),
     num_experts=("num_experts",),

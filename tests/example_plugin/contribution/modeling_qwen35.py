@@ -1,8 +1,10 @@
-"""A small double of the contribution's converter: the experts' part of it, and who calls it."""
+"""A small double of the contribution's converter: what it does with experts and attention."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 
 def convert_qwen35_hf_to_neuron_state_dict(
@@ -14,6 +16,10 @@ def convert_qwen35_hf_to_neuron_state_dict(
         for name in ("gate_up_proj", "down_proj"):
             weight = neuron_state_dict.pop(f"{block}.experts.{name}")
             neuron_state_dict[f"{fused}.{name}.weight"] = weight.transpose(1, 2).contiguous()
+        attention = f"layers.{layer}.self_attn"
+        for suffix in ("weight", "scale"):
+            parts = [neuron_state_dict.pop(f"{attention}.{name}_proj.{suffix}") for name in "qkv"]
+            neuron_state_dict[f"{attention}.Wqkv.{suffix}"] = torch.cat(parts)
         router = neuron_state_dict.pop(f"{block}.gate.weight")
         neuron_state_dict[f"{block}.moe.router.linear_router.weight"] = router
     return neuron_state_dict
