@@ -128,7 +128,7 @@ def check_model(
             f"{NAME}=True with ep_degree={neuron_config.ep_degree}: no release of NxDI generates "
             "tokens with it; use moe_ep_degree, where the release has it, or ep_degree=1"
         )
-    if experts is not None and top_k is not None and upstream.reads_moe_settings:
+    if experts is not None and top_k is not None:
         expert_parallel.check(neuron_config, experts, top_k)
     _check_logical_nc(neuron_config, upstream)
 
@@ -194,13 +194,14 @@ def _check_logical_nc(neuron_config: Any, upstream: Upstream) -> None:
     # for expert-wise scales.
     if not _uses_blockwise_kernel(neuron_config, upstream):
         return
-    holders = [(neuron_config, "logical_nc_config")]
-    if upstream.reads_moe_settings:
-        blockwise = getattr(neuron_config, "blockwise_matmul_config", None)
-        holders.insert(0, (blockwise, "blockwise_matmul_config.logical_nc_config"))
-    if _cores(holders[0][0]) not in upstream.kernel_cores:
+    blockwise = getattr(neuron_config, "blockwise_matmul_config", None)
+    read = blockwise if upstream.reads_moe_settings else neuron_config
+    if _cores(read) not in upstream.kernel_cores:
         return
-    for holder, setting in holders:
+    for holder, setting in (
+        (blockwise, "blockwise_matmul_config.logical_nc_config"),
+        (neuron_config, "logical_nc_config"),
+    ):
         cores = _cores(holder)
         if cores != 2:
             raise ConfigurationError(
