@@ -80,7 +80,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for name, value in report.user_properties if report.when == "call" else ():
             where = report.nodeid.partition("[")[2].rstrip("]")
-            figures.setdefault(name, {})[where] = value
+            if isinstance(value, float):
+                figures.setdefault(name, {})[where] = value
     if figures:
         terminalreporter.section("figures")
     for name, values in figures.items():
