@@ -28,6 +28,7 @@ def neuron_config(**settings: Any) -> Any:
         "expert_wise_scale": True,
         "quantized": True,
         "quantization_type": "per_channel_symmetric",
+        "seq_len": 4096,
     }
     return SimpleNamespace(**{**usual, **settings})
 
@@ -38,7 +39,8 @@ def model_config(**sizes: Any) -> Any:
 
 
 def check(settings: Any, model: Any = None, *, on_cpu: bool = True) -> None:
-    flag.check_model(settings, model or model_config(), QWEN3_MOE, on_cpu=on_cpu)
+    cores = frozenset() if on_cpu else frozenset({1, 2})
+    flag.check_model(settings, model or model_config(), QWEN3_MOE, flag.Upstream(True, cores))
 
 
 @pytest.mark.parametrize("value", [True, False])
@@ -163,9 +165,8 @@ def test_expert_parallel_needs_the_smallest_batch_that_chooses_every_expert(
         return
     with pytest.raises(
         ConfigurationError,
-        match=rf"degree 2\): a token-generation batch of {smallest - 1} with {top_k} of {experts} "
-        r".*"
-        rf"batch_size of at least {smallest}, or moe_ep_degree=1",
+        match=rf"degree 2\): token generation with {smallest - 1} x 1 tokens and {top_k} of "
+        rf"{experts} experts .* batch_size of at least {smallest}, or moe_ep_degree=1",
     ):
         check(neuron_config(moe_ep_degree=2, batch_size=smallest - 1), model)
 
@@ -173,8 +174,6 @@ def test_expert_parallel_needs_the_smallest_batch_that_chooses_every_expert(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"ep_degree": 2, "batch_size": 15},
-        {"moe_ep_degree": 1, "ep_degree": 4, "batch_size": 15},
         {"moe_ep_degree": 2},
         {"moe_ep_degree": 2, "batch_size": 16, "tkg_batch_size": 15},
         {
@@ -182,11 +181,16 @@ def test_expert_parallel_needs_the_smallest_batch_that_chooses_every_expert(
             "batch_size": 16,
             "chunked_prefill_config": SimpleNamespace(max_num_seqs=15),
         },
-        {"batch_size": 15, "hybrid_sharding_config": SimpleNamespace(moe_tkg_ep_degree=2)},
+        {
+            "batch_size": 15,
+            "hybrid_sharding_config": SimpleNamespace(moe_cte_ep_degree=1, moe_tkg_ep_degree=2),
+        },
     ],
 )
 def test_wherever_the_degree_and_the_batch_are_set(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match="selectively"):
+    with pytest.raises(
+        ConfigurationError, match=r"token generation with .* a batch_size of at least 16"
+    ):
         check(neuron_config(**settings))
 
 
@@ -209,14 +213,25 @@ def test_wherever_the_degree_and_the_batch_are_set(settings: dict[str, Any]) -> 
         {
             "moe_ep_degree": 2,
             "batch_size": 1,
-            "hybrid_sharding_config": SimpleNamespace(moe_tkg_ep_degree=1),
+            "hybrid_sharding_config": SimpleNamespace(moe_cte_ep_degree=1, moe_tkg_ep_degree=1),
         },
-        {"moe_ep_degree": 2, "batch_size": 1, "expert_wise_scale": False},
-        {"moe_ep_degree": 2, "batch_size": 1, "quantized": False},
     ],
 )
 def test_nothing_is_refused_that_would_run(settings: dict[str, Any]) -> None:
     check(neuron_config(**settings))
+
+
+def test_contexts_shorter_than_a_block_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    check(neuron_config(moe_ep_degree=2, batch_size=16, seq_len=3))
+    assert "a smaller block_size" in caplog.text
+    caplog.clear()
+    check(neuron_config(moe_ep_degree=2, batch_size=16, seq_len=4))
+    assert caplog.text == ""
+
+
+def test_expert_parallelism_of_the_whole_model_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="ep_degree=2: no release"):
+        check(neuron_config(ep_degree=2))
 
 
 def test_model_whose_sizes_are_not_known_yet_is_let_through() -> None:
@@ -257,7 +272,6 @@ def test_another_logical_nc_is_refused_where_the_kernel_runs(
     [
         {},
         {"logical_nc_config": 2, "blockwise_matmul_config": KERNEL},
-        {"logical_nc_config": 1, "capacity_factor": 1.0},
         {"logical_nc_config": 1, "glu_mlp": False},
         {
             "logical_nc_config": 1,
@@ -269,12 +283,6 @@ def test_another_logical_nc_is_refused_where_the_kernel_runs(
 )
 def test_logical_nc_is_free_where_the_kernel_does_not_run(settings: dict[str, Any]) -> None:
     check(neuron_config(**settings), on_cpu=False)
-
-
-def test_dense_model_is_left_alone_whatever_its_config_says() -> None:
-    settings = neuron_config(moe_ep_degree=2, batch_size=1, logical_nc_config=1)
-
-    flag.check_model(settings, model_config(), None, on_cpu=False)
 
 
 def test_family_is_known_by_model_type_or_by_the_module_of_the_config() -> None:
