@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,6 @@ def test_no_where_a_needed_seam_does_not_fit(own_installation: Environment) -> N
         shutil.copytree(double / package, own_installation.site_packages / package)
     config = own_installation.site_packages / "neuronx_distributed_inference/models/config.py"
     config.write_text(config.read_text().replace("class MoENeuronConfig", "class OtherConfig", 1))
-    (own_installation.site_packages / "neuronx_distributed_inference/models/model_base.py").unlink()
 
     status, answer = diagnosis(own_installation)
 
@@ -152,11 +150,23 @@ def test_environment_of_the_device_is_shown_and_judged(installed: Environment) -
     assert "UNSAFE_FP8FNCAST='0'" in warnings
     assert "NEURON_LOGICAL_NC_CONFIG='1'" in warnings
     assert answer["device"]["UNSAFE_FP8FNCAST"] == "0"
-    assert ("none" in answer["device"]["Neuron devices"]) == (not list(_neuron_devices()))
+    assert ("none" in answer["device"]["Neuron devices"]) == (
+        not list(Path("/dev").glob("neuron*"))
+    )
 
 
-def _neuron_devices() -> list[Path]:
-    return [Path("/dev", name) for name in os.listdir("/dev") if name.startswith("neuron")]
+@pytest.mark.parametrize("uses_nxdi", [False, True])
+def test_vllm_neuron_without_nxdi_is_said(own_installation: Environment, uses_nxdi: bool) -> None:
+    worker = own_installation.site_packages / "vllm_neuron" / "worker"
+    worker.mkdir(parents=True)
+    for folder in (worker.parent, worker):
+        (folder / "__init__.py").touch()
+    if uses_nxdi:
+        (worker / "neuronx_distributed_model_loader.py").write_text("raise RuntimeError")
+
+    _, answer = diagnosis(own_installation)
+
+    assert ("nothing to patch" in " ".join(answer["warnings"])) == (not uses_nxdi)
 
 
 def test_start_up_file_that_is_not_read_is_said(own_installation: Environment) -> None:
