@@ -120,7 +120,7 @@ def _outcome(scenario: Scenario, moe: Path, settings: dict[str, Any]) -> Outcome
         config = running.inference_config(moe, **settings)
         if scenario.reloaded:
             config = type(config).from_json_string(config.to_json_string())
-        application = running.NeuronQwen3MoeForCausalLM(str(moe), config)
+        application = running.application_cls(moe)(str(moe), config)
         loaded = running.load_application(application)
         return Outcome(tuple(loaded.logits(models.prompt()).flatten().tolist()), log=log.lines)
     except Exception as error:
