@@ -79,7 +79,7 @@ def moment(dst: Path) -> str:
     work = dst / ".nxdi-expertscale"
     if not work.is_dir():
         return "outside"
-    return f"{len(list(work.glob('*.record.json')))} shards"
+    return f"{len(list(work.glob('*.record')))} shards"
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,55 @@
+"""Logits of a model as NxDI computes it on a CPU, for windows of tokens: a program of its own.
+
+Two releases of NxDI cannot be imported in one process, so ``benchmarks/accuracy.py`` starts this
+one for each::
+
+    python -m benchmarks.through_nxdi RELEASE MODEL QUANTIZED WINDOWS.safetensors OUT.safetensors
+
+It reads ``windows``, ``[count, length]``, and writes logits of the token after each, ``[count,
+vocabulary]``: ``original`` of MODEL, ``expert_wise`` and ``averaged`` of QUANTIZED, with and
+without ``expert_wise_scale``.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import nxdi_expertscale  # noqa: F401  (activates it)
+from tests.upstream import targets
+
+WINDOWS = "windows"
+
+
+def main(release: str, model: Path, quantized: Path, windows: Path, out: Path) -> None:
+    targets.all_targets()[release].prepare()
+    from tests.upstream import ranks, running
+
+    batch = load_file(windows)[WINDOWS]
+    length = batch.shape[1]
+    bucket = {"seq_len": length, "max_context_length": length}
+    fp8: dict[str, Any] = {
+        **running.FP8,
+        "quantized_checkpoints_path": str(quantized),
+        "modules_to_not_convert": [running.ROUTER],
+    }
+    settings: dict[str, dict[str, Any]] = {
+        "original": {},
+        "expert_wise": {**fp8, "expert_wise_scale": True},
+        "averaged": {**fp8, "expert_wise_scale": False},
+    }
+    found: dict[str, torch.Tensor] = {}
+    with tempfile.TemporaryDirectory() as store, ranks.parallel_state(0, 1, Path(store, "rank")):
+        for name, chosen in settings.items():
+            loaded = running.load(model, **bucket, **chosen)
+            found[name] = torch.cat([loaded.logits(window[None]).float() for window in batch])
+    save_file(found, out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(Path, sys.argv[2:]))
