@@ -237,10 +237,6 @@ def test_expert_parallelism_of_the_whole_model_is_refused(degree: int) -> None:
         check(neuron_config(ep_degree=degree, batch_size=128))
 
 
-def test_settings_that_the_release_does_not_read_are_not_looked_at() -> None:
-    check(neuron_config(moe_ep_degree=2, batch_size=1), upstream=BEFORE_SETTINGS)
-
-
 KERNEL = SimpleNamespace(logical_nc_config=2, use_torch_block_wise=False)
 ONE_CORE = SimpleNamespace(logical_nc_config=1, use_torch_block_wise=False)
 
