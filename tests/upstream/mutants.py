@@ -146,7 +146,7 @@ class _Log(logging.Handler):
 def _is_late(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_name in ("checkpoint_loader_fn", "load_weights"):
+        if trace.tb_frame.f_code.co_name in ("checkpoint_loader_fn", "_load_weights"):
             return True
         trace = trace.tb_next
     return False
