@@ -48,13 +48,13 @@ class Row(NamedTuple):
     mode: str
 
 
-# Llama 4's experts are stacked, and NxDI's own step, which makes the other dtypes, skips them.
-# Its tests of fused token generation and of speculation are those of Qwen3 MoE.
-_OF_LLAMA4 = [mode for mode in MODES if mode not in ("int8", "f8e5m2", "fused token generation")]
+# NxDI's own step, which makes the other dtypes, does not see Llama 4's stacked experts, and NxDI
+# refuses speculation for it. Its fused token generation is chosen otherwise, and not measured here.
+_NOT_OF_LLAMA4 = ("int8", "f8e5m2", "beside a draft", "fused token generation")
 ROWS = (
     *(Row("Qwen3 MoE", mode) for mode in MODES),
     *(Row("Mixtral", mode) for mode in MODES),
-    *(Row("Llama 4", mode) for mode in _OF_LLAMA4),
+    *(Row("Llama 4", mode) for mode in MODES if mode not in _NOT_OF_LLAMA4),
 )
 
 
