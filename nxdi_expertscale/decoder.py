@@ -153,11 +153,11 @@ def read_architecture(config: Mapping[str, Any], family: MoEFamily, where: str) 
     plain = config.get("mlp_only_layers") or []
     if not isinstance(plain, list):
         raise CheckpointError(f"{where}: mlp_only_layers is {plain!r}; download it again")
-    dense = frozenset(n for n in range(layers) if n in plain or (n + 1) % step)
+    dense = {n for n in plain if type(n) is int} | {n for n in range(layers) if (n + 1) % step}
     return Architecture(
         family=family,
         layers=layers,
-        dense_layers=dense,
+        dense_layers=frozenset(dense & set(range(layers))),
         hidden_size=hidden,
         vocabulary=_size(config, "vocab_size", where),
         heads=heads,
