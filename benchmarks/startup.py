@@ -74,6 +74,14 @@ def measure(runs: int) -> Startup:
         ways = [(bare, unset), (installed, unset), (installed, {**unset, VARIABLE: "expertscale"})]
         for python, environment in ways:
             _start(python, environment)
+        site_packages = next(installed.parents[1].glob("lib/python3*/site-packages"))
+        path_file = subprocess.run(
+            [installed, "-c", READ_PATH_FILE, site_packages],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=unset,
+        )
         rounds = [
             [_start(python, environment) for python, environment in ways] for _ in range(runs)
         ]
