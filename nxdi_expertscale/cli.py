@@ -5,6 +5,7 @@ Exit status: 0 good, 1 the answer is no, 2 the request or the input is bad.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from nxdi_expertscale.version import __version__
 ANSWER_IS_NO = 1
 BAD_REQUEST = 2
 INTERRUPTED = 130
+
+_LONGEST_MESSAGE = 2000
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -63,8 +66,8 @@ def quantize(
             progress=progress,
         )
     for name in result.unused_exclusions:
-        click.echo(f"nxdi-expertscale: no module of {src} is named {name!r}", err=True)
-    click.echo(report.to_json(result) if as_json else report.quantization_summary(result))
+        _say(f"nxdi-expertscale: no module of {src} is named {name!r}", err=True)
+    _say(report.to_json(result) if as_json else report.quantization_summary(result))
 
 
 @cli.command()
@@ -78,7 +81,7 @@ def doctor(*, as_json: bool) -> int:
     from nxdi_expertscale.doctor import examine
 
     found = examine()
-    click.echo(report.to_json(found) if as_json else report.examination(found))
+    _say(report.to_json(found) if as_json else report.examination(found))
     return 0 if found.works else ANSWER_IS_NO
 
 
@@ -97,7 +100,7 @@ def verify(*, dst: Path, against: Path | None, workers: int | None, as_json: boo
 
     with report.progress_bar("verifying") as progress:
         result = verify_checkpoint(dst, against, workers=workers, progress=progress)
-    click.echo(report.to_json(result) if as_json else report.verification_summary(result))
+    _say(report.to_json(result) if as_json else report.verification_summary(result))
     return ANSWER_IS_NO if result.faults else 0
 
 
@@ -117,7 +120,7 @@ def inspect(*, checkpoint: Path, plot: Path | None, workers: int | None, as_json
         result = inspect_checkpoint(checkpoint, workers=workers, progress=progress)
     if plot is not None:
         pictures.draw_heat_map(result, plot)
-    click.echo(report.to_json(result) if as_json else report.inspection_summary(result))
+    _say(report.to_json(result) if as_json else report.inspection_summary(result))
 
 
 @cli.command("neuron-config")
@@ -133,7 +136,7 @@ def neuron_config(
     from nxdi_expertscale.checkpoint import neuron_settings
 
     settings = neuron_settings(dst, tp_degree=tp_degree, batch_size=batch_size, seq_len=seq_len)
-    click.echo(report.to_json(settings))
+    _say(report.to_json(settings))
 
 
 @cli.command()
@@ -168,7 +171,7 @@ def evaluate(
         result = evaluate_checkpoint(src, dst, text=text, tokens=tokens, progress=progress)
     if plot is not None:
         pictures.draw_evaluation(result, plot)
-    click.echo(report.to_json(result) if as_json else report.evaluation_table(result))
+    _say(report.to_json(result) if as_json else report.evaluation_table(result))
 
 
 @cli.command()
@@ -184,28 +187,51 @@ def demo(*, as_json: bool) -> None:
 
     result = demo.run(partial(report.progress_bar, measure=report.STEPS))
     if as_json:
-        click.echo(report.to_json(result))
+        _say(report.to_json(result))
         return
     picture = result.folder / "evaluation.png"
     pictures.check_file(picture)
     pictures.draw_evaluation(result.spread, picture)
-    click.echo(report.demo_summary(result, picture))
+    _say(report.demo_summary(result, picture))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status.
 
-    A bad request or a bad input is one line on stderr and status 2, never a traceback.
+    A bad request or a bad input is one line on stderr and status 2, never a traceback. Ctrl-C
+    and SIGTERM are one line and status 130.
     """
+    # A service that is stopped ends as one at a keyboard that is interrupted.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status = cli.main(args=arguments, prog_name="nxdi-expertscale", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("nxdi-expertscale: interrupted", err=True)
+        _say("nxdi-expertscale: interrupted", err=True)
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(BAD_REQUEST)
     except (ExpertScaleError, OSError) as error:
-        click.echo(f"nxdi-expertscale: {' '.join(str(error).split())}", err=True)
+        _say(f"nxdi-expertscale: {_one_line(str(error))}", err=True)
         sys.exit(BAD_REQUEST)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    if len(line) <= _LONGEST_MESSAGE:
+        return line
+    # The names are anyone's and may be megabytes; the end says what to do.
+    half = _LONGEST_MESSAGE // 2
+    return f"{line[:half]} … {line[-half:]}"
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Print text with names that are anyone's: what could steer a terminal is spelled out."""
+    plain = "".join(
+        character
+        if character.isprintable() or character == "\n"
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+    click.echo(plain, err=err)

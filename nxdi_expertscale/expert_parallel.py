@@ -9,12 +9,15 @@ gather clamps. What it does depends on ``tokens * top_k`` alone.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from nxdi_expertscale.errors import ConfigurationError
+
+_logger = logging.getLogger("nxdi_expertscale")
 
 _DEFAULT_BLOCK_SIZE = 512
 """NxD's own, where a config names none (``modules/moe/model_utils.py``)."""
@@ -81,32 +84,49 @@ def check(neuron_config: Any, experts: int, top_k: int) -> None:
             f"experts, and NxD needs at least {call.needed} for it; use {remedy}, or "
             "moe_ep_degree=1"
         )
+    _warn_of_contexts_below_a_block(neuron_config, top_k)
 
 
 def _calls(neuron_config: Any, experts: int) -> Iterator[_Call]:
     prefill, generation = degrees(neuron_config)
-    block_size = _block_size(neuron_config)
-    # More than one token of a sequence: selective loading below the number of experts, all
-    # experts below a block, neither of which is made for a share of the experts.
-    several = max(experts, block_size)
-    smaller_block = "" if block_size <= experts else " (or a smaller block_size)"
+    speculated = _speculation_length(neuron_config)
+    batch = _generation_batch(neuron_config)
+    remedy = "a batch_size of at least {batch}"
+    if speculated > 1:
+        # More than one token of a sequence: selective loading below the number of experts, all
+        # experts below a block, neither of which is made for a share of the experts.
+        several = max(experts, _block_size(neuron_config))
+        yield _Call("speculation", generation, batch, speculated, several, remedy)
+    else:
+        yield _Call("token generation", generation, batch, 1, experts, remedy)
     yield _Call(
         "context encoding",
         prefill,
         _positive(neuron_config, "ctx_batch_size", "batch_size"),
         _shortest_context(neuron_config),
-        several,
-        f"contexts (context_encoding_buckets, max_context_length) of at least {{length}} tokens"
-        f"{smaller_block}",
+        experts,
+        "contexts (context_encoding_buckets, max_context_length) of at least {length} tokens",
     )
-    speculated = _speculation_length(neuron_config)
-    batch = _generation_batch(neuron_config)
-    if speculated > 1:
-        remedy = f"a batch_size of at least {{batch}}{smaller_block}"
-        yield _Call("speculation", generation, batch, speculated, several, remedy)
-    else:
-        remedy = "a batch_size of at least {batch}"
-        yield _Call("token generation", generation, batch, 1, experts, remedy)
+
+
+def _warn_of_contexts_below_a_block(neuron_config: Any, top_k: int) -> None:
+    # Unlike selective loading, which reads another expert's weights, this fails where NxD traces
+    # it, without FP8 as well.
+    degree, _ = degrees(neuron_config)
+    batch = _positive(neuron_config, "ctx_batch_size", "batch_size")
+    length = _shortest_context(neuron_config)
+    block_size = _block_size(neuron_config)
+    if degree > 1 and batch * length * top_k < block_size:
+        _logger.warning(
+            "expert parallelism (degree %d): contexts of %d x %d tokens are shorter than a block "
+            "(block_size %d), and NxD cannot run them over all experts; use contexts of at least "
+            "%d tokens, or a smaller block_size in blockwise_matmul_config",
+            degree,
+            batch,
+            length,
+            block_size,
+            math.ceil(block_size / (top_k * batch)),
+        )
 
 
 def _positive(config: Any, *names: str) -> int:

@@ -17,6 +17,9 @@ from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 GATE_UP = "gate_up_proj"
 DOWN = "down_proj"
 
+_NUMBER = "(?:0|[1-9][0-9]{0,8})"
+"""A number as models write it: ASCII, without leading zeros, and not of a million digits."""
+
 
 @dataclass(frozen=True)
 class ExpertTensor:
@@ -83,6 +86,8 @@ class MoEFamily:
         stacked: How checkpoints hold all experts of a layer in one tensor, where they may.
         converter_reads_stacked: Whether the converter takes the experts stacked, and not one by
             one. They are stacked for it when they are loaded.
+        converter_knows_scales: Whether the converter treats scales, though not those of experts
+            that are named one by one. Of another one that does, it is not known what it makes.
         full_precision: Modules beside the router that NxDI cannot load quantized, because the
             converter has no place for their scales; a part of their path in a checkpoint and
             among NxDI's modules.
@@ -106,6 +111,7 @@ class MoEFamily:
     down: str = "down_proj"
     stacked: Stacking | None = None
     converter_reads_stacked: bool = False
+    converter_knows_scales: bool = False
     full_precision: tuple[str, ...] = ()
     num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
     num_experts_per_tok: tuple[str, ...] = ("num_experts_per_tok",)
@@ -158,16 +164,16 @@ class MoEFamily:
 
     @cached_property
     def _expert_pattern(self) -> re.Pattern[str]:
-        path = re.escape(self.experts).replace(re.escape("{layer}"), r"(?P<layer>\d+)")
+        path = re.escape(self.experts).replace(re.escape("{layer}"), rf"(?P<layer>{_NUMBER})")
         names = "|".join(re.escape(name) for name in self.projections)
         return re.compile(
-            rf"(?:^|\.){path}\.(?P<expert>\d+)\.(?P<projection>{names})\.(?P<suffix>\w+)$"
+            rf"(?:^|\.){path}\.(?P<expert>{_NUMBER})\.(?P<projection>{names})\.(?P<suffix>\w+)\Z"
         )
 
     @cached_property
     def _router_pattern(self) -> re.Pattern[str]:
-        path = re.escape(self.router).replace(re.escape("{layer}"), r"(?P<layer>\d+)")
-        return re.compile(rf"(?:^|\.){path}\.(?P<suffix>\w+)$")
+        path = re.escape(self.router).replace(re.escape("{layer}"), rf"(?P<layer>{_NUMBER})")
+        return re.compile(rf"(?:^|\.){path}\.(?P<suffix>\w+)\Z")
 
     def parse_expert_key(self, key: str) -> ExpertTensor | None:
         """Read the place of an expert's tensor from its name; None if it is another tensor's."""
@@ -180,8 +186,8 @@ class MoEFamily:
 
     @cached_property
     def _stacked_pattern(self) -> re.Pattern[str]:
-        path = re.escape(self.experts).replace(re.escape("{layer}"), r"(?P<layer>\d+)")
-        return re.compile(rf"(?:^|\.){path}\.(?P<fused>{'|'.join(self.fused)})$")
+        path = re.escape(self.experts).replace(re.escape("{layer}"), rf"(?P<layer>{_NUMBER})")
+        return re.compile(rf"(?:^|\.){path}\.(?P<fused>{'|'.join(self.fused)})\Z")
 
     def parse_stacked_key(self, key: str) -> tuple[int, str] | None:
         """The layer, and the key of :attr:`fused`, of a tensor with all experts of a layer."""
@@ -280,7 +286,7 @@ class MoEFamily:
 
     @cached_property
     def _module_pattern(self) -> re.Pattern[str]:
-        path = re.escape(self.expert_mlps).replace(re.escape("{layer}"), r"(?P<layer>\d+)")
+        path = re.escape(self.expert_mlps).replace(re.escape("{layer}"), rf"(?P<layer>{_NUMBER})")
         return re.compile(rf"(?:^|\.){path}(?:\.|$)")
 
     def experts_of(self, config: Any) -> int | None:
@@ -368,6 +374,7 @@ LLAMA4 = MoEFamily(
     prefixes=("",),
     stacked=Stacking.INPUTS_FIRST,
     converter_reads_stacked=True,
+    converter_knows_scales=True,
     full_precision=("lm_head", "shared_expert", "vision_model", "multi_modal_projector"),
     num_experts=("num_local_experts",),
     intermediate_size=("intermediate_size",),

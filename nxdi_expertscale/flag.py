@@ -128,9 +128,29 @@ def check_model(
             f"{NAME}=True with ep_degree={neuron_config.ep_degree}: no release of NxDI generates "
             "tokens with it; use moe_ep_degree, where the release has it, or ep_degree=1"
         )
-    if experts is not None and top_k is not None and upstream.reads_moe_settings:
+    if experts is not None and top_k is not None:
         expert_parallel.check(neuron_config, experts, top_k)
     _check_logical_nc(neuron_config, upstream)
+
+
+def check_cast(neuron_config: Any) -> None:
+    """Check that NxDI leaves the quantized weights of a checkpoint in their dtype.
+
+    It casts every float to ``torch_dtype`` but for scales and ``f8e4m3``
+    (``models/application_base.py``, ``checkpoint_loader_fn``), and its layers expect ``f8e5m2``.
+
+    Raises:
+        ConfigurationError: It would cast them.
+    """
+    name = str(getattr(neuron_config, "quantization_dtype", "")).lower()
+    torch_dtype = str(getattr(neuron_config, "torch_dtype", "torch.float32"))
+    casts = getattr(neuron_config, "cast_type", "config") == "config"
+    if is_quantized(neuron_config) and "f8e5m2" in name and casts and "float32" not in torch_dtype:
+        raise ConfigurationError(
+            f"quantization_dtype='f8e5m2': NxDI casts such weights to {torch_dtype} when it reads "
+            "a checkpoint, and not back; use quantization_dtype='f8e4m3', or "
+            "cast_type='as-declared'"
+        )
 
 
 def check_shared_scale(
@@ -174,13 +194,14 @@ def _check_logical_nc(neuron_config: Any, upstream: Upstream) -> None:
     # for expert-wise scales.
     if not _uses_blockwise_kernel(neuron_config, upstream):
         return
-    holders = [(neuron_config, "logical_nc_config")]
-    if upstream.reads_moe_settings:
-        blockwise = getattr(neuron_config, "blockwise_matmul_config", None)
-        holders.insert(0, (blockwise, "blockwise_matmul_config.logical_nc_config"))
-    if _cores(holders[0][0]) not in upstream.kernel_cores:
+    blockwise = getattr(neuron_config, "blockwise_matmul_config", None)
+    read = blockwise if upstream.reads_moe_settings else neuron_config
+    if _cores(read) not in upstream.kernel_cores:
         return
-    for holder, setting in holders:
+    for holder, setting in (
+        (blockwise, "blockwise_matmul_config.logical_nc_config"),
+        (neuron_config, "logical_nc_config"),
+    ):
         cores = _cores(holder)
         if cores != 2:
             raise ConfigurationError(

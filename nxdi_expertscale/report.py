@@ -205,5 +205,6 @@ def scale_kinds(result: Evaluation) -> dict[str, Agreement]:
 def rendered(table: Table) -> str:
     """A table as text, as wide as the terminal."""
     buffer = io.StringIO()
-    Console(file=buffer).print(table)
+    # Names of tensors are anyone's, and are no markup.
+    Console(file=buffer, markup=False, emoji=False).print(table)
     return buffer.getvalue().rstrip()

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nxdi_expertscale.checkpoint import digests
 from nxdi_expertscale.checkpoint.source import INDEX, SINGLE_FILE, is_file_name, read_json
@@ -18,6 +18,8 @@ from nxdi_expertscale.errors import CheckpointError
 
 MANIFEST = "nxdi_expertscale.json"
 FORMAT = 1
+
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +108,10 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
             version=str(value["version"]),
             model_type=str(value["model_type"]),
             modules_to_not_convert=tuple(map(str, value["modules_to_not_convert"])),
-            source=tuple(SourceRecord(**record) for record in value["source"]),
+            source=tuple(_read_source_record(record) for record in value["source"]),
             tensors={str(kind): int(count) for kind, count in value["tensors"].items()},
-            shards=tuple(FileRecord(**record) for record in value["shards"]),
-            files=tuple(FileRecord(**record) for record in value["files"]),
+            shards=tuple(read_file_record(record) for record in value["shards"]),
+            files=tuple(read_file_record(record) for record in value["files"]),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
@@ -122,6 +124,31 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
                 "run quantize again"
             )
     return manifest
+
+
+def read_file_record(value: Mapping[str, Any]) -> FileRecord:
+    """The record of a file from its JSON.
+
+    Raises:
+        KeyError: A part of it is missing.
+        TypeError: A part of it is of another type.
+    """
+    return FileRecord(_of(str, value["name"]), _of(int, value["size"]), _of(str, value["blake3"]))
+
+
+def _read_source_record(value: Mapping[str, Any]) -> SourceRecord:
+    return SourceRecord(
+        _of(str, value["name"]),
+        _of(int, value["size"]),
+        _of(int, value["mtime_ns"]),
+        _of(str, value["digest"]),
+    )
+
+
+def _of(kind: type[_Kind], value: Any) -> _Kind:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
 
 
 def is_untouched(folder: str | os.PathLike[str]) -> bool:

@@ -13,6 +13,9 @@ from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families import MoEFamily, Stacking, require_family
 from nxdi_expertscale.plugins import known_families
 
+MAX_TENSORS = 1 << 20
+"""More than any real model has, each expert's counted."""
+
 
 def open_model(folder: str | os.PathLike[str]) -> tuple[Checkpoint, MoEFamily]:
     """Read the headers of a checkpoint and find its family.
@@ -35,6 +38,11 @@ def open_model(folder: str | os.PathLike[str]) -> tuple[Checkpoint, MoEFamily]:
                     f"which is in {tensors[tensor.name].file} as well; remove one of them"
                 )
             tensors[tensor.name] = tensor
+            if len(tensors) > MAX_TENSORS:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: has more than {MAX_TENSORS} tensors, which no real "
+                    "model has; download it again"
+                )
     return replace(checkpoint, tensors=tensors), family
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from nxdi_expertscale.checkpoint.manifest import read_manifest
 from nxdi_expertscale.checkpoint.plan import effective_exclusions
 from nxdi_expertscale.checkpoint.source import CONFIG, read_json
-from nxdi_expertscale.checkpoint.tensors import size_in
+from nxdi_expertscale.checkpoint.tensors import layers_in
 from nxdi_expertscale.families import language_config, require_family
 from nxdi_expertscale.plugins import known_families
 
@@ -56,7 +56,7 @@ def neuron_settings(
     config = read_json(path, CONFIG)
     family = require_family(config.get("model_type"), known_families(), str(path / CONFIG))
     exclusions = effective_exclusions(config, family, manifest.modules_to_not_convert)
-    layers = size_in(language_config(config), "num_hidden_layers", path / CONFIG)
+    layers = layers_in(language_config(config), path / CONFIG)
     quantization: dict[str, Any] = {
         "quantized": True,
         "quantized_checkpoints_path": str(path),

@@ -53,7 +53,7 @@ class PlannedTensor:
     @property
     def scale_name(self) -> str:
         """Name of the scale that it gets when it is quantized."""
-        return f"{self.weight.module}.{SCALE_SUFFIX}"
+        return f"{self.name.removesuffix('weight')}{SCALE_SUFFIX}"
 
     @property
     def outputs(self) -> Iterator[NewTensor]:

@@ -18,6 +18,7 @@ from nxdi_expertscale.checkpoint.source import (
     checked_file,
 )
 from nxdi_expertscale.checkpoint.tensor_file import StoredTensor
+from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families import require_family
 from nxdi_expertscale.plugins import known_families
 
@@ -32,6 +33,25 @@ def _state(source: Checkpoint, name: str) -> SourceRecord:
     status = path.stat()
     digest = "" if name in source.headers else digests.digest_file(path)
     return SourceRecord(name, status.st_size, status.st_mtime_ns, digest)
+
+
+def expect_unchanged(source: Checkpoint, state: Mapping[str, SourceRecord]) -> None:
+    """Check that a source is still what was read.
+
+    Args:
+        source: The source.
+        state: What :func:`source_state` gave before the weights were read.
+
+    Raises:
+        CheckpointError: A file was changed.
+    """
+    changed = [name for name, record in source_state(source).items() if record != state[name]]
+    # A change between reading the headers and taking the state shows in the headers.
+    if changed or open_model(source.folder)[0] != source:
+        raise CheckpointError(
+            f"{source.folder / (changed or [CONFIG])[0]}: was changed while it was read; run "
+            "quantize again when it is complete"
+        )
 
 
 def source_records(

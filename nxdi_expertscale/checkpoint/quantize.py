@@ -22,13 +22,18 @@ from nxdi_expertscale.checkpoint.manifest import (
 from nxdi_expertscale.checkpoint.model import open_model
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores
 from nxdi_expertscale.checkpoint.plan import Plan, make_plan
-from nxdi_expertscale.checkpoint.provenance import mismatch_of, source_records, source_state
+from nxdi_expertscale.checkpoint.provenance import (
+    expect_unchanged,
+    mismatch_of,
+    source_records,
+    source_state,
+)
 from nxdi_expertscale.checkpoint.source import (
     CONFIG,
     INDEX,
     Checkpoint,
-    checked_file,
     companions,
+    read_companion,
 )
 from nxdi_expertscale.checkpoint.staging import WORK, Staging, digests_of_tensors, is_complete
 from nxdi_expertscale.checkpoint.stream import write_shards
@@ -125,6 +130,7 @@ def quantize_checkpoint(
                 meter=meter,
             )
             names = _write_companions(staging, source, plan)
+            expect_unchanged(source, state)
             manifest = Manifest(
                 version=__version__,
                 model_type=str(source.config["model_type"]),
@@ -151,15 +157,19 @@ def quantize_checkpoint(
 
 @contextmanager
 def _explained(destination: Path) -> Iterator[None]:
-    """Say of a full disk what to do, and which it is: the system names no file."""
+    """Say of a disk that is full, or fails, which it is and what to do: the system may not."""
     try:
         yield
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            what, remedy = "the disk is full", "free some space"
+        elif error.filename is None:
+            what, remedy = f"cannot be written ({error.strerror})", "check the disk"
+        else:
             raise
         raise CheckpointError(
-            f"{destination}: the disk is full; free some space and run the same again, it goes "
-            "on from the files that are finished"
+            f"{destination}: {what}; {remedy} and run the same again, it goes on from the files "
+            "that are finished"
         ) from error
 
 
@@ -167,7 +177,7 @@ def _write_companions(staging: Staging, source: Checkpoint, plan: Plan) -> list[
     """Write all but the weights and the manifest; their names."""
     names = companions(source.folder, leave_out=[MANIFEST])
     for name in names:
-        staging.write(name, checked_file(source.folder, name).read_bytes())
+        staging.write(name, read_companion(source.folder, name))
     staging.write(CONFIG, render_json(plan.config))
     staging.write(INDEX, render_json(plan.index))
     return [*names, CONFIG, INDEX]

@@ -25,8 +25,14 @@ CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-MAX_JSON_BYTES = 64 << 20
+MAX_JSON_BYTES = 32 << 20
 """Longer than any real config or index."""
+
+MAX_HEADERS_BYTES = 64 << 20
+"""Longer than the headers of any real checkpoint together."""
+
+MAX_COMPANION_BYTES = 256 << 20
+"""Longer than any tokenizer."""
 
 _COMPANIONS = (
     "LICENSE*",
@@ -84,6 +90,11 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     headers: dict[str, bytes] = {}
     for name in names:
         found, headers[name] = read_tensors(checked_file(path, name))
+        if sum(map(len, headers.values())) > MAX_HEADERS_BYTES:
+            raise CheckpointError(
+                f"{path}: its files have headers of more than {MAX_HEADERS_BYTES} bytes, which no "
+                "real checkpoint has; download it again"
+            )
         for tensor in found:
             if tensor.name in tensors:
                 raise CheckpointError(
@@ -104,10 +115,24 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         CheckpointError: It is missing, too long, or not a JSON object.
     """
-    path = checked_file(folder, name)
-    if path.stat().st_size > MAX_JSON_BYTES:
+    return parse_json(_read_small(folder, name, MAX_JSON_BYTES), str(folder / name))
+
+
+def read_companion(folder: Path, name: str) -> bytes:
+    """Read a file that belongs beside the weights; see :func:`companions`.
+
+    Raises:
+        CheckpointError: It is missing, or too long.
+    """
+    return _read_small(folder, name, MAX_COMPANION_BYTES)
+
+
+def _read_small(folder: Path, name: str, limit: int) -> bytes:
+    with checked_file(folder, name).open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
         raise CheckpointError(f"{folder / name}: is too long to be a real one; download it again")
-    return parse_json(path.read_bytes(), str(folder / name))
+    return content
 
 
 def is_file_name(name: str) -> bool:
@@ -128,6 +153,8 @@ def checked_file(folder: Path, name: str) -> Path:
         )
     try:
         target = path.resolve(strict=True)
+    except PermissionError:
+        raise
     except (OSError, RuntimeError):
         raise CheckpointError(
             f"{path}: is missing; download the checkpoint again, completely"
@@ -212,10 +239,18 @@ class TensorReader:
         """Fill a buffer with the bytes of a file from an offset on.
 
         Raises:
-            CheckpointError: The file ends before, so it was cut after its header was read.
+            CheckpointError: The disk fails, or the file ends before, so it was cut after its
+                header was read.
         """
         while buffer:
-            count = os.preadv(self._descriptors[file], [buffer], offset)
+            try:
+                count = os.preadv(self._descriptors[file], [buffer], offset)
+            except OSError as error:
+                # The system does not name the file.
+                raise CheckpointError(
+                    f"{self._folder / file}: cannot be read at byte {offset} ({error.strerror}); "
+                    "check the disk, or download the file again"
+                ) from error
             if count == 0:
                 raise CheckpointError(f"{self._folder / file}: was truncated while it was read")
             buffer = buffer[count:]

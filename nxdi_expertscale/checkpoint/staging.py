@@ -18,14 +18,21 @@ from types import TracebackType
 
 import filelock
 
-from nxdi_expertscale.checkpoint.manifest import MANIFEST, FileRecord, read_manifest
+from nxdi_expertscale.checkpoint.manifest import (
+    MANIFEST,
+    FileRecord,
+    read_file_record,
+    read_manifest,
+)
 from nxdi_expertscale.checkpoint.source import INDEX
-from nxdi_expertscale.errors import CheckpointInUseError
+from nxdi_expertscale.checkpoint.tensor_file import parse_json
+from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
 
 WORK = ".nxdi-expertscale"
 _LOCK = "lock"
 _SHARD_SUFFIX = ".safetensors"
-_RECORD_SUFFIX = ".record.json"
+_RECORD_SUFFIX = ".record"
+"""No file that is copied from a source ends so."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class Staging:
         candidates = (self._destination, *self._destination.parents)
         self._new_folders = [folder for folder in candidates if not folder.exists()]
         self._work.mkdir(parents=True, exist_ok=True)
+        self._expect_plain_files()
         try:
             self._lock.acquire()
         except filelock.Timeout:
@@ -91,6 +99,18 @@ class Staging:
             self._remove_new_folders()
         self._lock.release()
 
+    def _expect_plain_files(self) -> None:
+        # Nothing is written or removed through a link, in a folder that may be anyone's.
+        linked = self._work if self._work.is_symlink() else None
+        for path in self._work.iterdir():
+            if path.is_symlink() or not path.is_file():
+                linked = linked or path
+        if linked is not None:
+            raise CheckpointError(
+                f"{linked}: was not made by nxdi-expertscale; remove {self._work}, or name another "
+                "folder"
+            )
+
     def _remove_all_but_finished(self) -> None:
         for path in list(self._work.iterdir()):
             is_finished = path.suffix == _SHARD_SUFFIX and self._record(path.name).is_file()
@@ -112,10 +132,7 @@ class Staging:
         path = self._record(name)
         if not path.is_file():
             return None
-        value = json.loads(path.read_bytes())
-        record = ShardRecord(
-            value["fingerprint"], FileRecord(**value["file"]), value["source_digests"]
-        )
+        record = _parse_record(path)
         shard = self.path(name)
         same = record.fingerprint == fingerprint and shard.is_file()
         return record if same and shard.stat().st_size == record.file.size else None
@@ -148,8 +165,11 @@ class Staging:
             return False
         manifest = read_manifest(self._work)
         names = [record.name for record in (*manifest.shards, *manifest.files)]
-        if (self._destination / MANIFEST).is_file():
-            self._remove_old(keep=names)
+        old = read_manifest(self._destination) if (self._destination / MANIFEST).is_file() else None
+        replaced = [record.name for record in (*old.shards, *old.files)] if old else []
+        self._expect_no_folder([*names, *replaced, INDEX, MANIFEST])
+        if old is not None:
+            self._remove_old(name for name in replaced if name not in names)
         for name in [*(name for name in names if name != INDEX), INDEX]:
             if self.path(name).exists():
                 self.path(name).replace(self._destination / name)
@@ -161,18 +181,38 @@ class Staging:
                 path.unlink()
         return True
 
-    def _remove_old(self, keep: Iterable[str]) -> None:
-        old = read_manifest(self._destination)
+    def _expect_no_folder(self, names: Iterable[str]) -> None:
+        for path in (self._destination / name for name in names):
+            if path.is_dir() and not path.is_symlink():
+                raise CheckpointError(
+                    f"{path}: is a folder, and a file of the checkpoint has to be there; remove "
+                    "it and run quantize again"
+                )
+
+    def _remove_old(self, names: Iterable[str]) -> None:
         (self._destination / INDEX).unlink(missing_ok=True)
         sync_folder(self._destination)
-        for record in (*old.shards, *old.files):
-            if record.name not in keep:
-                (self._destination / record.name).unlink(missing_ok=True)
+        for name in names:
+            (self._destination / name).unlink(missing_ok=True)
         (self._destination / MANIFEST).unlink()
         sync_folder(self._destination)
 
     def _record(self, name: str) -> Path:
         return self.path(name + _RECORD_SUFFIX)
+
+
+def _parse_record(path: Path) -> ShardRecord:
+    value = parse_json(path.read_bytes(), str(path))
+    try:
+        digests = {
+            name: bytes.fromhex(text).hex() for name, text in value["source_digests"].items()
+        }
+        return ShardRecord(str(value["fingerprint"]), read_file_record(value["file"]), digests)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: is damaged ({type(error).__name__}: {error}); remove it and run quantize "
+            "again"
+        ) from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,14 @@ ITEM_SIZES: Mapping[str, int] = {
 
 MAX_HEADER_BYTES = 32 << 20
 """Longer than the header of any real file; the parsed header of a hostile one must fit memory."""
+
+MAX_AXES = 8
+"""More than any weight has; the product of millions of sizes would take hours."""
+
+MAX_DEPTH = 64
+"""Levels of JSON that are read: fewer than what any of Python's JSON functions can take."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
@@ -116,7 +126,7 @@ def _read_entry(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise refuse(f"an unknown dtype {dtype!r}")
-    if not _are_sizes(shape):
+    if not _are_sizes(shape) or len(shape) > MAX_AXES:
         raise refuse("a shape that is not a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise refuse("data_offsets that are not two positions")
@@ -152,14 +162,22 @@ def _check_no_holes(path: Path, tensors: Iterable[StoredTensor], data: int, size
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object that may come from anyone.
 
+    What it gives can be written again, as JSON and as UTF-8.
+
     Raises:
-        CheckpointError: It is not JSON, not an object, has a name twice, or holds NaN or
-            infinity, which are not JSON.
+        CheckpointError: It is not JSON, not an object, has a name twice, is nested too deeply,
+            or holds halves of characters, or NaN or infinity, which are not JSON.
     """
     try:
         value = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_without_doubles, parse_constant=_no_constant
+            text.decode("utf-8"),
+            object_pairs_hook=_without_doubles,
+            parse_constant=_no_constant,
+            parse_float=_finite,
         )
+        _check_depth(value)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: is not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
@@ -170,14 +188,34 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
+        double = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"{double!r} occurs twice")
     return value
 
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:32]} is too large a number")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            part
+            for whole in level
+            if isinstance(whole, (dict, list))
+            for part in (whole.values() if isinstance(whole, dict) else whole)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it has more than {MAX_DEPTH} levels")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nxdi_expertscale.checkpoint.pieces import as_rows
 from nxdi_expertscale.checkpoint.source import CONFIG, Checkpoint
 from nxdi_expertscale.checkpoint.tensor_file import StoredTensor
 from nxdi_expertscale.errors import CheckpointError
@@ -36,6 +37,9 @@ BLOCK_SCALE_SUFFIX = "weight_scale_inv"
 
 MAX_COLUMNS = 1 << 22
 """More inputs than any linear layer has; a row is read as a whole, so it bounds memory."""
+
+MAX_LAYERS = 1 << 16
+"""More layers, and more experts in each, than any model has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +165,10 @@ def _scales(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredTensor]]:
                 f"{where}: {name}: static scales of activations are not supported; use a "
                 "checkpoint whose weights alone are quantized"
             )
-        if not name.endswith((f".{SCALE_SUFFIX}", f".{BLOCK_SCALE_SUFFIX}")):
+        suffix = name.rpartition(".")[2]
+        if suffix not in (SCALE_SUFFIX, BLOCK_SCALE_SUFFIX):
             continue
-        weight = f"{module_of(name)}.weight"
+        weight = f"{name.removesuffix(suffix)}weight"
         if weight not in checkpoint.tensors:
             raise CheckpointError(
                 f"{where}: {name}: its weight {weight} is missing; download the checkpoint again, "
@@ -188,7 +193,7 @@ def _with_scale(
     expert = family.parse_expert_key(tensor.name)
     is_linear = _is_linear(tensor, family)
     where = f"{checkpoint.folder / tensor.file}: {tensor.name}"
-    if 0 in tensor.shape or (is_linear and tensor.shape[1] > MAX_COLUMNS):
+    if 0 in tensor.shape or as_rows(tensor.shape)[1] > MAX_COLUMNS:
         raise CheckpointError(
             f"{where}: has shape {list(tensor.shape)}, which no weight has; download the file again"
         )
@@ -256,11 +261,11 @@ def check_architecture(checkpoint: Checkpoint, family: MoEFamily) -> None:
         CheckpointError: They are not; the message names the first tensor.
     """
     config, where = language_config(checkpoint.config), checkpoint.folder / CONFIG
-    layers = size_in(config, "num_hidden_layers", where)
+    layers = layers_in(config, where)
     hidden = size_in(config, "hidden_size", where)
     vocabulary = size_in(config, "vocab_size", where)
     experts, inner = family.experts_of(config), family.intermediate_size_of(config)
-    if experts is None or inner is None or experts < 1 or inner < 1:
+    if experts is None or inner is None or not 0 < experts <= MAX_LAYERS or inner < 1:
         raise CheckpointError(
             f"{where}: does not say how many experts a layer has and how wide they are; "
             "download it again"
@@ -323,6 +328,20 @@ def _is_dense(checkpoint: Checkpoint, family: MoEFamily, layer: int) -> bool:
         for projection in family.projections
         for path in family.paths(f"{block}.{projection}.weight")
     )
+
+
+def layers_in(config: Mapping[str, Any], where: Path) -> int:
+    """The number of layers that a model's config has to hold.
+
+    Raises:
+        CheckpointError: It does not, or it is more than any model has.
+    """
+    layers = size_in(config, "num_hidden_layers", where)
+    if layers > MAX_LAYERS:
+        raise CheckpointError(
+            f"{where}: num_hidden_layers is {layers}, more than any model has; download it again"
+        )
+    return layers
 
 
 def size_in(config: Mapping[str, Any], name: str, where: Path) -> int:

@@ -131,13 +131,14 @@ def _check_files(folder: Path, records: Iterable[FileRecord], workers: int) -> l
 
     def check(record: FileRecord) -> None:
         try:
-            found = file_record(checked_file(folder, record.name))
+            path = checked_file(folder, record.name)
         except CheckpointError as error:
             faults[record.name] = str(error)
             return
-        if found.size != record.size:
-            faults[record.name] = f"has {found.size} bytes, and {record.size} were written"
-        elif found.blake3 != record.blake3:
+        size = path.stat().st_size
+        if size != record.size:
+            faults[record.name] = f"has {size} bytes, and {record.size} were written"
+        elif file_record(path).blake3 != record.blake3:
             faults[record.name] = "has other content than was written (its checksum differs)"
 
     for_each(check, iter(records), workers)

@@ -116,6 +116,8 @@ def check(model_config: Any, families: Sequence[MoEFamily]) -> None:
     """
     neuron_config = getattr(model_config, "neuron_config", None)
     family = flag.family_of_model(model_config, families)
+    if family is not None:
+        flag.check_cast(neuron_config)
     reads_moe_settings = family is not None and _reads_moe_settings(family)
     if not flag.is_on(neuron_config):
         flag.check_shared_scale(

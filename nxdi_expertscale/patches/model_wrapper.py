@@ -255,7 +255,8 @@ def _check_exclusions(
     layers: Mapping[str, Any], excluded: Sequence[str], family: MoEFamily
 ) -> None:
     for name, layer in layers.items():
-        if not _quantization_type(layer) and not _is_excluded(name, excluded, family):
+        known = family.layer_of_module(name) is not None
+        if known and not _quantization_type(layer) and not _is_excluded(name, excluded, family):
             raise ConfigurationError(
                 f"modules_to_not_convert: NxDI left {name} unquantized, because one of "
                 f"{list(excluded)} is a part of its name, and its weights in the checkpoint are "

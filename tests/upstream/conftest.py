@@ -72,3 +72,18 @@ def nxdi(one_rank: None) -> ModuleType:
 def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3 MoE whose experts differ in magnitude by a factor of 16."""
     return models.save_qwen3_moe(tmp_path_factory.mktemp("models") / "moe", spread=16.0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures that tests record, for each target."""
+    figures: dict[str, dict[str, float]] = {}
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties if report.when == "call" else ():
+            where = report.nodeid.partition("[")[2].rstrip("]")
+            if isinstance(value, float):
+                figures.setdefault(name, {})[where] = value
+    if figures:
+        terminalreporter.section("figures")
+    for name, values in figures.items():
+        line = "  ".join(f"{where} {value:.2%}" for where, value in values.items())
+        terminalreporter.write_line(f"{name}:  {line}")

@@ -42,6 +42,7 @@ class Mutation:
         appended: For a module, what is written at its end.
         sources: For a module, the file that takes its place.
         late: Whether it shows only when the weights are there.
+        native: Whether upstream has the feature, or a part of it, itself.
         ignored: Whether the flag never reaches us: NxDI says that it does not know it, and cannot
             load the model.
         scenarios: In which of the tests' scenarios it shows; none means all with quantized experts.
@@ -54,6 +55,7 @@ class Mutation:
     appended: Mapping[str, str] = field(default_factory=dict)
     sources: Mapping[str, Path] = field(default_factory=dict)
     late: bool = False
+    native: bool = False
     ignored: bool = False
     scenarios: Sequence[str] = ()
 
@@ -483,10 +485,18 @@ MUTATIONS: tuple[Mutation, ...] = (
         appended={QWEN3_MOE: _NATIVE_FUSING.replace("FLAG", "False")},
     ),
     # The feature merged upstream, all of it or in part.
-    Mutation("flag native", appended={CONFIG: _NATIVE_CONFIG}),
-    Mutation("two passes native", appended={MODEL_WRAPPER: _NATIVE_TWO_PASSES + _NATIVE_LOAD}),
-    Mutation("two passes native and not to be seen", appended={MODEL_WRAPPER: _NATIVE_TWO_PASSES}),
-    Mutation("fusing native", appended={QWEN3_MOE: _FUSING_BY_FLAG}),
+    Mutation("flag native", appended={CONFIG: _NATIVE_CONFIG}, native=True),
+    Mutation(
+        "two passes native",
+        appended={MODEL_WRAPPER: _NATIVE_TWO_PASSES + _NATIVE_LOAD},
+        native=True,
+    ),
+    Mutation(
+        "two passes native and not to be seen",
+        appended={MODEL_WRAPPER: _NATIVE_TWO_PASSES},
+        native=True,
+    ),
+    Mutation("fusing native", appended={QWEN3_MOE: _FUSING_BY_FLAG}, native=True),
     Mutation(
         "all of it native",
         appended={
@@ -494,5 +504,6 @@ MUTATIONS: tuple[Mutation, ...] = (
             MODEL_WRAPPER: _NATIVE_TWO_PASSES + _NATIVE_LOAD,
             QWEN3_MOE: _FUSING_BY_FLAG,
         },
+        native=True,
     ),
 )

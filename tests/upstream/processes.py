@@ -16,18 +16,6 @@ _SECONDS = 300
 """After which a process is given up."""
 
 
-def run_fresh(target: targets.Target, function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function in a process that has imported nothing of NxDI yet.
-
-    Args:
-        target: What can be imported there.
-        function: A function of a module; what it returns has to be picklable.
-        arguments: What it is called with.
-    """
-    with _processes(target, 1) as pool:
-        return pool.submit(function, *arguments).result(_SECONDS)
-
-
 def run_on_ranks(
     target: targets.Target,
     ranks: int,
@@ -35,16 +23,20 @@ def run_on_ranks(
     function: Callable[..., Result],
     *arguments: Any,
 ) -> list[Result]:
-    """Call a function on each rank of a tensor-parallel group, with the rank before its arguments.
+    """Call a function in a fresh process for each rank of a tensor-parallel group.
+
+    Nothing of NxDI is imported there but what the function and its module import.
 
     Args:
         target: What can be imported there.
         ranks: How many there are.
         store: A file, not there yet, in which the ranks find each other.
-        function: A function of a module; what it returns has to be picklable.
+        function: A function of a module, which is called with its rank and the arguments; what
+            it returns has to be picklable.
         arguments: What it is called with, after the rank.
     """
-    with _processes(target, ranks) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(ranks, context, initializer=target.prepare) as pool:
         calls = [
             pool.submit(_run_as_rank, rank, ranks, store, function, *arguments)
             for rank in range(ranks)
@@ -53,11 +45,6 @@ def run_on_ranks(
         for call in as_completed(calls, _SECONDS):
             call.result()
         return [call.result() for call in calls]
-
-
-def _processes(target: targets.Target, count: int) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, context, initializer=target.prepare)
 
 
 def _run_as_rank(

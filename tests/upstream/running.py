@@ -33,6 +33,7 @@ ROUTER = "mlp.gate"
 """What has to be in ``modules_to_not_convert``, or the router is quantized too."""
 
 _APPLICATIONS = {
+    "qwen3": ("qwen3.modeling_qwen3", "NeuronQwen3ForCausalLM"),
     "qwen3_moe": ("qwen3_moe.modeling_qwen3_moe", "NeuronQwen3MoeForCausalLM"),
     "mixtral": ("mixtral.modeling_mixtral", "NeuronMixtralForCausalLM"),
     "llama4": ("llama4.modeling_llama4_text", "NeuronLlama4TextForCausalLM"),
@@ -47,6 +48,7 @@ _OTHER_MODELS = ("vision_model.", "multi_modal_projector.")
 
 _NOT_IN_CHECKPOINTS = (
     "kv_mgr.",
+    "hidden_state_rolling_buffer.",
     # The ranks of attention, which releases before 0.7 do not write.
     ".rank_util.rank",
     # A quantized weight's second name in ahead-of-time mode; the same parameter.
@@ -54,6 +56,7 @@ _NOT_IN_CHECKPOINTS = (
     # What fused token generation has under a second name; the same parameters.
     ".moe_fused_tkg.",
     ".moe.rmsnorm.",
+    ".mlp.rmsnorm.",
 )
 
 

@@ -12,6 +12,7 @@ from tests.upstream import standins
 UPSTREAM_VARIABLE = "NXDI_EXPERTSCALE_UPSTREAM"
 DOUBLE = "double"
 SEED = "pr35"
+VLLM_NEURON = "vllm-neuron"
 _SEED_BASE = "0.7"
 """The release that the seed's pull request was written on."""
 
@@ -81,3 +82,11 @@ def seed() -> Target | None:
         return None
     paths = (folder / SEED / "nxdi" / "src", folder / _SEED_BASE / "nxd" / "src")
     return Target(_SEED_BASE, paths) if all(path.is_dir() for path in paths) else None
+
+
+def vllm_neuron() -> Path | None:
+    """The folder that holds vLLM-Neuron's ``vllm_neuron``, if it is at hand."""
+    folder = _upstream_folder()
+    if folder is None or not (folder / VLLM_NEURON / "vllm_neuron").is_dir():
+        return None
+    return folder / VLLM_NEURON

@@ -56,7 +56,7 @@ def load_and_run(rank: int, checkpoint: Path, settings: dict[str, Any]) -> RankR
         generation=expert_groups.Degrees(tensor=1, expert=RANKS),
     )
     config = running.inference_config(checkpoint, tp_degree=RANKS, **settings)
-    application = running.NeuronQwen3MoeForCausalLM(str(checkpoint), config)
+    application = running.application_cls(checkpoint)(str(checkpoint), config)
     context = running.load_application(application, rank=rank)
     del application.models[0]
     generation = running.load_application(application, rank=rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ WITH_FLAG = (
     *(Scenario(f"{name}, flag", name, flag=True) for name in CHECKPOINTS),
     Scenario("reloaded, flag", "fp8", flag=True, reloaded=True),
 )
+UPSTREAMS_OWN = ("kept", "router")
+"""Where the seed's feature fails: exclusions, and quantized routers. We stand aside."""
 QUANTIZED_EXPERTS = ("fp8", "router", "reloaded")
 
 
@@ -76,7 +79,7 @@ def test_feature_as_the_seed_proposed_it(
         module: seed.paths[0] / Path(*module.split(".")).with_suffix(".py")
         for module in (CONFIG, MODEL_WRAPPER, QWEN3_MOE)
     }
-    check(upstream, as_it_is, Mutation("the seed", sources=sources))
+    check(upstream, as_it_is, Mutation("the seed", sources=sources, native=True))
 
 
 def check(upstream: mutants.Mutants, as_it_is: dict[str, Outcome], mutation: Mutation) -> None:
@@ -86,6 +89,8 @@ def check(upstream: mutants.Mutants, as_it_is: dict[str, Outcome], mutation: Mut
     for name, before in without_us.items():
         assert_unchanged(before, with_us[name], as_it_is[name])
     for scenario in WITH_FLAG:
+        if mutation.native and scenario.checkpoint in UPSTREAMS_OWN:
+            continue
         outcome = with_us[scenario.name]
         shows = scenario.name.removesuffix(", flag") in (mutation.scenarios or QUANTIZED_EXPERTS)
         if mutation.ignored and shows:
@@ -113,11 +118,14 @@ def right(
 
 
 def assert_unchanged(before: Outcome, after: Outcome, averaged: Outcome) -> None:
-    """Nothing has changed, but for a model that could not be loaded and now has averaged scales."""
-    if before.error and after.logits:
-        assert "Cannot find" in before.message
-        assert any("averaged" in line for line in after.log)
-        assert_close(after, averaged)
+    """Nothing has changed, but for quantized experts, which NxDI by itself cannot load.
+
+    They are loaded with averaged scales, or not at all.
+    """
+    if re.search(r"Cannot find .*(gate_up|down)_proj", before.message):
+        if not after.error:
+            assert any("averaged" in line for line in after.log)
+            assert_close(after, averaged)
     else:
         assert (before.error, before.message) == (after.error, after.message)
         assert before.logits == after.logits

@@ -1,10 +1,11 @@
-"""The patches: whenever they are applied, taken off again, and kept away from what does not fit."""
+"""The patches: put on, taken off again, and kept away from what does not fit."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,8 @@ import torch
 
 import nxdi_expertscale
 from nxdi_expertscale.errors import IncompatibleUpstreamError
-from tests.upstream import models, processes
-from tests.upstream.targets import Target
+from tests.upstream import models
 
-WITHIN_FP8 = 0.06
 CONVERTER = "convert_qwen3_moe_hf_to_neuron_state_dict"
 
 
@@ -25,74 +24,53 @@ def fp8(nxdi: Any, moe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return nxdi.quantize(moe, tmp_path_factory.mktemp("fp8"))
 
 
-def errors_when_imported(
-    _rank: int, before: bool, checkpoint: Path, settings: dict[str, Any]
-) -> list[float]:
-    """The model's errors where this package is imported before NxDI, or after it."""
-    if before:
-        import nxdi_expertscale
-
-        assert {seam.state for seam in nxdi_expertscale.status()} == {"waiting"}
-    from tests.upstream import running
-
-    if not before:
-        import nxdi_expertscale
-    return running.moe_errors(checkpoint, running.load(checkpoint, **settings))
+@contextlib.contextmanager
+def activated() -> Iterator[None]:
+    nxdi_expertscale.activate()
+    try:
+        yield
+    finally:
+        nxdi_expertscale.deactivate()
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-def test_import_before_nxdi_or_after_it(
-    target: Target, moe: Path, fp8: dict[str, Any], tmp_path: Path, before: bool
-) -> None:
-    settings = {**fp8, "expert_wise_scale": True}
-
-    [errors] = processes.run_on_ranks(
-        target, 1, tmp_path / "store", errors_when_imported, before, moe, settings
-    )
-
-    assert max(errors) < WITHIN_FP8
-
-
-def objects_at_seams() -> dict[str, Any]:
-    """What stands at each seam now, not what its descriptor makes of it."""
-    found = {}
+def places_of_seams() -> list[tuple[Any, str]]:
+    """For each seam, the module or class that holds it, and its name there."""
+    places = []
     for seam in nxdi_expertscale.status():
-        parent: Any = importlib.import_module(seam.module)
+        owner: Any = importlib.import_module(seam.module)
         *path, name = seam.attribute.split(".")
         for part in path:
-            parent = getattr(parent, part)
-        found[seam.seam] = vars(parent)[name]
-    return found
+            owner = getattr(owner, part)
+        places.append((owner, name))
+    return places
 
 
 @pytest.mark.usefixtures("nxdi")
 def test_every_seam_is_patched_and_deactivation_puts_back_the_very_objects() -> None:
-    nxdi_expertscale.activate()
-    patched = objects_at_seams()
-    states = {seam.seam: (seam.state, seam.reason) for seam in nxdi_expertscale.status()}
-    nxdi_expertscale.activate()
-    assert all(objects_at_seams()[name] is patch for name, patch in patched.items())
-    attributes = [(seam.module, seam.attribute) for seam in nxdi_expertscale.status()]
-    nxdi_expertscale.deactivate()
+    with activated():
+        places = places_of_seams()
+        states = {(seam.state, seam.reason) for seam in nxdi_expertscale.status()}
+        patched = [vars(owner)[name] for owner, name in places]
+        signatures = [inspect.signature(getattr(owner, name)) for owner, name in places]
+        nxdi_expertscale.activate()
+        assert all(
+            vars(owner)[name] is patch for (owner, name), patch in zip(places, patched, strict=True)
+        )
 
-    assert set(states.values()) == {("applied", "")}
+    assert states == {("applied", "")}
     assert nxdi_expertscale.status() == ()
-    for (module, attribute), patch in zip(attributes, patched.values(), strict=True):
-        current: Any = importlib.import_module(module)
-        *path, name = attribute.split(".")
-        for part in path:
-            current = getattr(current, part)
-        original = vars(current)[name]
+    for (owner, name), patch, signature in zip(places, patched, signatures, strict=True):
+        original = vars(owner)[name]
         assert patch is not original
         assert patch.__wrapped__ is original
-        assert inspect.signature(patch) == inspect.signature(original)
+        assert signature == inspect.signature(getattr(owner, name))
 
 
 def test_deactivated_nxdi_is_the_stock_one(
     nxdi: Any, moe: Path, fp8: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    nxdi_expertscale.activate()
-    nxdi_expertscale.deactivate()
+    with activated():
+        pass
 
     with pytest.raises(RuntimeError, match="Cannot find"):
         nxdi.load(moe, **fp8)
@@ -104,12 +82,20 @@ def test_unquantized_model_is_untouched(nxdi: Any, moe: Path) -> None:
     stock = nxdi.convert(moe)
     logits = nxdi.load(moe).logits(models.prompt())
 
-    nxdi_expertscale.activate()
-    try:
+    with activated():
         assert nxdi.different_tensors(nxdi.convert(moe), stock) == []
         assert torch.equal(nxdi.load(moe).logits(models.prompt()), logits)
-    finally:
-        nxdi_expertscale.deactivate()
+
+
+def test_quantized_dense_model_is_untouched(nxdi: Any, tmp_path: Path) -> None:
+    dense = models.save_qwen3(tmp_path / "dense")
+    settings = nxdi.quantize(dense, tmp_path / "fp8", not_converted=["lm_head"])
+    stock = nxdi.load(dense, **settings).logits(models.prompt())
+
+    with activated():
+        for flag in (True, False):
+            loaded = nxdi.load(dense, **settings, expert_wise_scale=flag)
+            assert torch.equal(loaded.logits(models.prompt()), stock)
 
 
 Change = Callable[[pytest.MonkeyPatch], None]
@@ -200,16 +186,13 @@ def test_changed_seam_is_left_alone_and_refused_to_users_of_the_flag(
 ) -> None:
     expected = nxdi.load(moe).logits(models.prompt())
     change(monkeypatch)
-    nxdi_expertscale.activate()
-    try:
+    with activated():
         assert torch.equal(nxdi.load(moe).logits(models.prompt()), expected)
         found = {status.seam: status for status in nxdi_expertscale.status()}
         assert found[seam].state == "incompatible"
         assert found[seam].reason
         with pytest.raises(IncompatibleUpstreamError, match=seam):
             nxdi.load(moe, **fp8, expert_wise_scale=True)
-    finally:
-        nxdi_expertscale.deactivate()
 
 
 def test_config_that_has_the_flag_is_left_to_itself(
@@ -224,13 +207,10 @@ def test_config_that_has_the_flag_is_left_to_itself(
         init(self, *args, **kwargs)
 
     monkeypatch.setattr(nxdi.MoENeuronConfig, "__init__", knows_the_flag)
-    nxdi_expertscale.activate()
-    try:
+    with activated():
         config = nxdi.inference_config(moe, expert_wise_scale=True)
 
         [seam] = [seam for seam in nxdi_expertscale.status() if seam.seam == "config"]
         assert seam.state == "native"
         assert nxdi.MoENeuronConfig.__init__ is knows_the_flag
         assert config.neuron_config.expert_wise_scale is True
-    finally:
-        nxdi_expertscale.deactivate()

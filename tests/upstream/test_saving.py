@@ -29,8 +29,8 @@ def save(nxdi: Any, source: Path, folder: Path, **settings: Any) -> dict[str, An
         "expert_wise_scale": True,
         **settings,
     }
-    application = nxdi.NeuronQwen3MoeForCausalLM
-    application.save_quantized_state_dict(str(source), nxdi.inference_config(source, **settings))
+    config = nxdi.inference_config(source, **settings)
+    nxdi.application_cls(source).save_quantized_state_dict(str(source), config)
     return settings
 
 
@@ -218,12 +218,12 @@ def test_without_the_flag_nothing_changes(nxdi: Any, moe: Path, tmp_path: Path) 
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["model.safetensors"]
 
 
-def test_deactivation_gives_back_the_same_class_method(nxdi: Any) -> None:
+def test_deactivation_gives_back_the_same_class_method(nxdi: Any, moe: Path) -> None:
     import nxdi_expertscale
 
     base = next(
         parent
-        for parent in nxdi.NeuronQwen3MoeForCausalLM.__mro__
+        for parent in nxdi.application_cls(moe).__mro__
         if parent.__name__ == "NeuronApplicationBase"
     )
     patched = vars(base)["save_quantized_state_dict"]

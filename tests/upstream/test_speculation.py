@@ -59,33 +59,30 @@ def test_dense_draft_beside_the_target(
     if target.version < (0, 7):
         pytest.skip("in this release a draft is of the target's class")
     from neuronx_distributed_inference.models.config import FusedSpecNeuronConfig
-    from neuronx_distributed_inference.models.qwen3 import modeling_qwen3 as dense
 
-    monkeypatch.setattr(dense.NeuronQwen3ForCausalLM, "_FUSED_PREFIX", "")
     draft = models.save_qwen3(tmp_path / "draft")
-    settings = nxdi.quantize(moe, tmp_path / "fp8")
-    config = nxdi.inference_config(moe, **settings, **SPECULATION)
-    draft_config = dense.Qwen3InferenceConfig(
+    dense = nxdi.application_cls(draft)
+    monkeypatch.setattr(dense, "_FUSED_PREFIX", "")
+    draft_fp8 = nxdi.quantize(draft, tmp_path / "draft_fp8", not_converted=["lm_head"])
+    alone = nxdi.load(draft, **draft_fp8)
+    config = nxdi.inference_config(moe, **nxdi.quantize(moe, tmp_path / "fp8"), **SPECULATION)
+    draft_config = dense.get_config_cls()(
         draft_settings(config), load_config=nxdi.load_pretrained_config(str(draft))
     )
-    draft_config.neuron_config.quantized_checkpoints_path = str(tmp_path / "draft_fp8")
-    (tmp_path / "draft_fp8").mkdir()
-    dense.NeuronQwen3ForCausalLM.save_quantized_state_dict(str(draft), draft_config)
+    draft_config.neuron_config.modules_to_not_convert = ["lm_head"]
     config.fused_spec_config = FusedSpecNeuronConfig(
         application._model_cls,
         draft_config=draft_config,
-        draft_model_path=str(tmp_path / "draft_fp8"),
-        draft_model_cls=dense.NeuronQwen3ForCausalLM,
+        draft_model_path=draft_fp8["quantized_checkpoints_path"],
+        draft_model_cls=dense,
     )
 
     loaded = nxdi.load_application(application(str(moe), config))
 
-    assert quantized_types(loaded.module.draft_model) == {"per_channel_symmetric"}
-    drafted = nxdi.LoadedModel(loaded.module.draft_model).logits(models.prompt())
-    expected = models.load(draft)(models.prompt()).logits[:, -1]
-    assert nxdi.relative_error(drafted, expected) < 2 * WITHIN_FP8
-    verified = nxdi.LoadedModel(loaded.module.target_model)
-    assert max(nxdi.moe_errors(moe, verified)) < WITHIN_FP8
+    drafting, verifying = loaded.module.draft_model, loaded.module.target_model
+    assert quantized_types(drafting) == {"per_channel_symmetric"}
+    assert nxdi.different_tensors(drafting.state_dict(), alone.module.state_dict()) == []
+    assert max(nxdi.moe_errors(moe, nxdi.LoadedModel(verifying))) < WITHIN_FP8
 
 
 def test_moe_draft_beside_the_target(
