@@ -198,7 +198,7 @@ def evaluation_rows(found: dict[int, Evaluation]) -> Table:
     """Everything that ``evaluate`` measured, as one table."""
     table = Table("experts apart", "FP8 scales", "perplexity", "KL, nats", "same top-1", "error")
     for spread, result in found.items():
-        table.add_row(_apart(spread), "none: bfloat16", f"{result.perplexity:.4f}", "", "", "")
+        table.add_row(_apart(spread), "none (bfloat16)", f"{result.perplexity:.4f}", "", "", "")
         for name, kind in report.scale_kinds(result).items():
             errors = kind.layer_errors.values()
             table.add_row(

@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 TASKS = ("held_out_bytes", "held_out_continuation")
@@ -23,18 +24,10 @@ def write_tokenizer(folder: Path) -> None:
     """Put a tokenizer beside a model: a token is a byte, and byte 0 ends a text."""
     characters = bytes_to_unicode()
     vocabulary = {characters[byte]: byte for byte in range(256)}
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [],
-        "pre_tokenizer": {
-            "type": "ByteLevel",
-            "add_prefix_space": False,
-            "trim_offsets": False,
-            "use_regex": False,
-        },
-        "decoder": {"type": "ByteLevel"},
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
-    }
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
     end = characters[0]
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -42,7 +35,6 @@ def write_tokenizer(folder: Path) -> None:
         "eos_token": end,
         "pad_token": end,
     }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

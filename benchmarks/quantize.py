@@ -71,6 +71,12 @@ print("STEP", time.perf_counter() - started)
 """
 
 
+# What getrusage calls the peak of a child has the peak of its parent in it.
+PEAK = """
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """The best of several runs: seconds, and megabytes of peak resident memory."""
@@ -83,16 +89,20 @@ class Measurement:
 def main() -> None:
     arguments = parse_arguments()
     commands = {
-        "nxdi-expertscale": [sys.executable, "-c", OURS],
-        "plain copy": [sys.executable, "-c", COPY],
+        "nxdi-expertscale": [sys.executable, "-c", OURS + PEAK],
+        "plain copy": [sys.executable, "-c", COPY + PEAK],
     }
     left_out = {}
     if arguments.upstream:
-        commands["NxDI save_quantized_state_dict"] = [sys.executable, "-c", NXDI]
+        commands["NxDI save_quantized_state_dict"] = [sys.executable, "-c", NXDI + PEAK]
     else:
         left_out["NxDI save_quantized_state_dict"] = "--upstream names no sources"
     if arguments.llmcompressor:
-        commands["llm-compressor model_free_ptq"] = [arguments.llmcompressor, "-c", LLM_COMPRESSOR]
+        commands["llm-compressor model_free_ptq"] = [
+            arguments.llmcompressor,
+            "-c",
+            LLM_COMPRESSOR + PEAK,
+        ]
     else:
         left_out["llm-compressor model_free_ptq"] = "--llmcompressor names no Python"
     extra = [str(Path(arguments.upstream).resolve())] if arguments.upstream else []
@@ -147,14 +157,15 @@ def run(command: Sequence[str]) -> Measurement:
         process = subprocess.Popen(
             command, stdout=printed, stderr=subprocess.STDOUT, cwd=REPOSITORY
         )
-        _, status, usage = os.wait4(process.pid, 0)
+        status = process.wait()
         elapsed = time.perf_counter() - started
         printed.seek(0)
         lines = printed.read().splitlines()
     if status != 0:
         sys.exit("\n".join([f"{command[:1]} failed:", *lines[-20:]]))
-    step = next(float(line.split()[1]) for line in reversed(lines) if line.startswith("STEP "))
-    return Measurement(elapsed, step, usage.ru_maxrss / 1024)
+    step = next(float(line.split()[1]) for line in lines if line.startswith("STEP "))
+    kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return Measurement(elapsed, step, kibibytes * 1024 / 1e6)
 
 
 def make_checkpoint(folder: Path, gigabytes: float) -> int:

@@ -15,7 +15,7 @@ from nxdi_expertscale.errors import (
     ExpertScaleError,
     IncompatibleUpstreamError,
 )
-from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.families import MoEFamily, Stacking
 from nxdi_expertscale.hookspecs import hookimpl
 from nxdi_expertscale.version import __version__
 
@@ -30,6 +30,7 @@ __all__ = [
     "MoEFamily",
     "Patch",
     "SeamStatus",
+    "Stacking",
     "State",
     "__version__",
     "activate",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import importlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -137,6 +138,14 @@ class Activation:
         self._plugins: tuple[str, ...] = ()
         self._problems: tuple[str, ...] = ()
 
+    def hold_still_at_fork(self) -> None:
+        """Let no other thread be in the midst of a change when this process forks."""
+        os.register_at_fork(
+            before=self._lock.acquire,
+            after_in_parent=self._lock.release,
+            after_in_child=self._lock.release,
+        )
+
     @property
     def plugins(self) -> tuple[str, ...]:
         """Names of the plugins that are activated."""
@@ -235,6 +244,7 @@ def _judge(patch: Patch, module: ModuleType, place: Place) -> tuple[State, str]:
 
 
 _activation = Activation()
+_activation.hold_still_at_fork()
 
 
 def activate() -> None:

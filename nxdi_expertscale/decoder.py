@@ -25,6 +25,9 @@ EMBEDDINGS = "embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 FINAL_NORM = "norm.weight"
 
+_MAX_LAYERS = 1 << 16
+"""More than any model has."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -124,13 +127,6 @@ def read_architecture(config: Mapping[str, Any], family: MoEFamily, where: str) 
     Raises:
         CheckpointError: A setting is missing, or is one that this decoder does not have.
     """
-
-    def required(name: str) -> Any:
-        value = config.get(name)
-        if value is None:
-            raise CheckpointError(f"{where}: has no {name}; download it again")
-        return value
-
     traits = family.decoder
     if traits is None:
         raise CheckpointError(
@@ -139,42 +135,70 @@ def read_architecture(config: Mapping[str, Any], family: MoEFamily, where: str) 
         )
     # transformers 5 writes rope_parameters, releases before it rope_theta and rope_scaling.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(f"{where}: rope_parameters is {rope!r}; download it again")
     kind = rope.get("rope_type", rope.get("type", "default"))
     _refuse(where, "rope_scaling", kind, allowed=("default",))
     _refuse(where, "hidden_act", config.get("hidden_act", "silu"), allowed=("silu",))
     experts, per_token = family.experts_of(config), family.experts_per_token_of(config)
     inner = family.intermediate_size_of(config)
-    if not experts or not per_token or not inner:
+    if not (experts and per_token and inner) or min(experts, per_token, inner) < 1:
         raise CheckpointError(
             f"{where}: does not say how many experts a layer has, how wide they are, and how "
             "many of them a token goes through; download it again"
         )
-    layers, hidden, heads = (
-        int(required(name)) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
-    )
-    step = int(config.get("decoder_sparse_step") or 1)
-    plain = set(config.get("mlp_only_layers") or ())
-    dense = frozenset(n for n in range(layers) if n in plain or (n + 1) % step)
+    layers = _size(config, "num_hidden_layers", where, most=_MAX_LAYERS)
+    hidden, heads = (_size(config, name, where) for name in ("hidden_size", "num_attention_heads"))
+    step = _size(config, "decoder_sparse_step", where, default=1)
+    plain = config.get("mlp_only_layers") or []
+    if not isinstance(plain, list):
+        raise CheckpointError(f"{where}: mlp_only_layers is {plain!r}; download it again")
+    dense = {n for n in plain if type(n) is int} | {n for n in range(layers) if (n + 1) % step}
     return Architecture(
         family=family,
         layers=layers,
-        dense_layers=dense,
+        dense_layers=frozenset(dense & set(range(layers))),
         hidden_size=hidden,
-        vocabulary=int(required("vocab_size")),
+        vocabulary=_size(config, "vocab_size", where),
         heads=heads,
-        key_value_heads=int(config.get("num_key_value_heads") or heads),
-        head_size=int(config.get("head_dim") or hidden // heads),
+        key_value_heads=_size(config, "num_key_value_heads", where, default=heads),
+        head_size=_size(config, "head_dim", where, default=hidden // heads),
         head_norm=traits.head_norm,
         attention_bias=bool(config.get("attention_bias", False)),
         experts=experts,
         expert_size=inner,
-        dense_size=int(required("intermediate_size")) if dense else 0,
+        dense_size=_size(config, "intermediate_size", where) if dense else 0,
         experts_per_token=per_token,
         normalizes_top_k=bool(config.get("norm_topk_prob", traits.normalizes_top_k)),
-        epsilon=float(required("rms_norm_eps")),
-        rope_theta=float(rope.get("rope_theta") or required("rope_theta")),
+        epsilon=_number(config, "rms_norm_eps", where),
+        rope_theta=_number(rope if rope.get("rope_theta") else config, "rope_theta", where),
         tied=bool(config.get("tie_word_embeddings", False)),
     )
+
+
+def _size(
+    config: Mapping[str, Any],
+    name: str,
+    where: str,
+    *,
+    default: int | None = None,
+    most: int = (1 << 31) - 1,
+) -> int:
+    value = config.get(name) or default
+    if value is None:
+        raise CheckpointError(f"{where}: has no {name}; download it again")
+    if type(value) is not int or not 0 < value <= most:
+        raise CheckpointError(f"{where}: {name} is {value!r}, not a size; download it again")
+    return value
+
+
+def _number(config: Mapping[str, Any], name: str, where: str) -> float:
+    value = config.get(name)
+    if value is None:
+        raise CheckpointError(f"{where}: has no {name}; download it again")
+    if type(value) not in {int, float} or not 0 < value < 1e30:
+        raise CheckpointError(f"{where}: {name} is {value!r}, not a number; download it again")
+    return float(value)
 
 
 def longest_context(config: Mapping[str, Any], where: str) -> int:
@@ -186,7 +210,7 @@ def longest_context(config: Mapping[str, Any], where: str) -> int:
     limits = [config.get("max_position_embeddings")]
     if config.get("use_sliding_window", True):
         limits.append(config.get("sliding_window"))
-    known = [int(limit) for limit in limits if limit]
+    known = [limit for limit in limits if type(limit) is int and limit > 0]
     if not known:
         raise CheckpointError(f"{where}: has no max_position_embeddings; download it again")
     return min(known)

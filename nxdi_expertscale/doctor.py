@@ -204,7 +204,11 @@ def _check_import(found: Probe, findings: _Findings) -> None:
             f"NxDI is not installed: this Python finds no {probe.NXDI}; install it from "
             f"{_NEURON_INDEX}"
         )
-    if found.vllm_neuron_uses_nxdi is False:
+    if probe.VLLM_NEURON in found.failures:
+        findings.warnings.append(
+            f"vLLM-Neuron cannot be imported: {found.failures[probe.VLLM_NEURON]}"
+        )
+    elif found.vllm_neuron_uses_nxdi is False:
         findings.warnings.append(
             "this vLLM-Neuron does not run models through NxDI: with it there is nothing to "
             "patch, and expert_wise_scale is unknown"

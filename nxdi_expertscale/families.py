@@ -86,6 +86,8 @@ class MoEFamily:
         stacked: How checkpoints hold all experts of a layer in one tensor, where they may.
         converter_reads_stacked: Whether the converter takes the experts stacked, and not one by
             one. They are stacked for it when they are loaded.
+        converter_knows_scales: Whether the converter treats scales, though not those of experts
+            that are named one by one. Of another one that does, it is not known what it makes.
         full_precision: Modules beside the router that NxDI cannot load quantized, because the
             converter has no place for their scales; a part of their path in a checkpoint and
             among NxDI's modules.
@@ -109,6 +111,7 @@ class MoEFamily:
     down: str = "down_proj"
     stacked: Stacking | None = None
     converter_reads_stacked: bool = False
+    converter_knows_scales: bool = False
     full_precision: tuple[str, ...] = ()
     num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
     num_experts_per_tok: tuple[str, ...] = ("num_experts_per_tok",)
@@ -371,6 +374,7 @@ LLAMA4 = MoEFamily(
     prefixes=("",),
     stacked=Stacking.INPUTS_FIRST,
     converter_reads_stacked=True,
+    converter_knows_scales=True,
     full_precision=("lm_head", "shared_expert", "vision_model", "multi_modal_projector"),
     num_experts=("num_local_experts",),
     intermediate_size=("intermediate_size",),

@@ -11,7 +11,6 @@ import ast
 import importlib
 import logging
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -42,19 +41,20 @@ class ImportWatcher(MetaPathFinder):
                 called twice for one execution.
         """
         self._on_loaded = on_loaded
-        self._lock = threading.Lock()
         self._names: tuple[str, ...] = ()
         self._unfinished: dict[str, ModuleType] = {}
 
     def watch(self, names: Sequence[str]) -> None:
-        """Watch these modules and no others; with none, leave ``sys.meta_path``."""
-        with self._lock:
-            self._names = tuple(names)
-            self._unfinished.clear()
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            if names:
-                sys.meta_path.insert(0, self)
+        """Watch these modules and no others; with none, leave ``sys.meta_path``.
+
+        To be called by one thread at a time.
+        """
+        self._names = tuple(names)
+        self._unfinished.clear()
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        if names:
+            sys.meta_path.insert(0, self)
 
     def report_loaded(self) -> None:
         """Report the watched modules that are loaded already.

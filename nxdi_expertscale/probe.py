@@ -48,7 +48,7 @@ class Probe:
         versions: What the packages' sources say is their version; empty where they do not.
         has_nxdi: Whether a package of NxDI's name can be found.
         vllm_neuron_uses_nxdi: Whether vLLM-Neuron runs models through NxDI; None where it is
-            absent.
+            absent or cannot be imported.
         ended: How the process ended, if it did not end well.
     """
 
@@ -118,7 +118,7 @@ def report(path: str, activated_at_start: bool) -> None:
         try:
             importlib.import_module(module)
         except (Exception, SystemExit) as error:
-            failures[module] = " ".join(f"{type(error).__name__}: {error}".split())
+            failures[module] = _one_line(error)
     found = Probe(
         activated_at_start=activated_at_start,
         plugins=activation.active_plugins(),
@@ -127,7 +127,7 @@ def report(path: str, activated_at_start: bool) -> None:
         failures=failures,
         versions={name: _version(name) for name in (NXDI, NXD)},
         has_nxdi=importlib.util.find_spec(NXDI) is not None,
-        vllm_neuron_uses_nxdi=_vllm_neuron_uses_nxdi(),
+        vllm_neuron_uses_nxdi=_vllm_neuron_uses_nxdi(failures),
     )
     file.write_text(json.dumps(asdict(found)))
 
@@ -135,18 +135,25 @@ def report(path: str, activated_at_start: bool) -> None:
 def _version(package: str) -> str:
     try:
         module = importlib.import_module(f"{package}._version")
-    except ImportError:
+    except (Exception, SystemExit):
+        # Absent, or why it is broken is among the failures of its modules.
         return ""
     return str(getattr(module, "__version__", ""))
 
 
-def _vllm_neuron_uses_nxdi() -> bool | None:
+def _vllm_neuron_uses_nxdi(failures: dict[str, str]) -> bool | None:
     if importlib.util.find_spec(VLLM_NEURON) is None:
         return None
     try:
+        # This imports the package, which is small, and not the module.
         return importlib.util.find_spec(_NXDI_LOADER) is not None
-    except ImportError:
-        return False
+    except (Exception, SystemExit) as error:
+        failures[VLLM_NEURON] = _one_line(error)
+        return None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _from_json(found: dict[str, Any]) -> Probe:

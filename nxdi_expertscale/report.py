@@ -167,7 +167,8 @@ def demo_summary(result: Demo, picture: Path) -> str:
                 result.spread, "The same function, experts 16-fold apart in magnitude"
             ),
             "",
-            _pairs({"models": str(result.folder), "picture": str(picture)}),
+            f"models   {result.folder}",
+            f"picture  {picture}",
             "",
             "Now with a model of your own, a folder from the Hugging Face hub:",
             "  nxdi-expertscale quantize MODEL MODEL-FP8",
@@ -181,7 +182,7 @@ def evaluation_table(result: Evaluation, title: str | None = None) -> str:
     table = Table("FP8 scales", title=title, title_justify="left")
     for column in ("perplexity", "KL, nats", "same top-1", "experts' error"):
         table.add_column(column, justify="right")
-    table.add_row("none: the original", f"{result.perplexity:.4g}", "", "", "")
+    table.add_row("none (original)", f"{result.perplexity:.4g}", "", "", "")
     for name, found in scale_kinds(result).items():
         change = found.perplexity / result.perplexity - 1
         errors = found.layer_errors.values()
@@ -190,7 +191,7 @@ def evaluation_table(result: Evaluation, title: str | None = None) -> str:
             f"{found.perplexity:.4g} ({change:+.2%})",
             f"{found.kl_divergence:.2g}",
             f"{found.top1_agreement:.1%}",
-            f"{min(errors):.1%} to {max(errors):.1%}",
+            f"{100 * min(errors):.3g}% to {100 * max(errors):.3g}%",
         )
     where = f"{result.tokens} tokens of {result.text}, {result.sequence} at a time"
     return f"{rendered(table)}\n{where}; {result.seconds:.0f} s"

@@ -165,8 +165,11 @@ class Staging:
             return False
         manifest = read_manifest(self._work)
         names = [record.name for record in (*manifest.shards, *manifest.files)]
-        if (self._destination / MANIFEST).is_file():
-            self._remove_old(keep=names)
+        old = read_manifest(self._destination) if (self._destination / MANIFEST).is_file() else None
+        replaced = [record.name for record in (*old.shards, *old.files)] if old else []
+        self._expect_no_folder([*names, *replaced, INDEX, MANIFEST])
+        if old is not None:
+            self._remove_old(name for name in replaced if name not in names)
         for name in [*(name for name in names if name != INDEX), INDEX]:
             if self.path(name).exists():
                 self.path(name).replace(self._destination / name)
@@ -178,13 +181,19 @@ class Staging:
                 path.unlink()
         return True
 
-    def _remove_old(self, keep: Iterable[str]) -> None:
-        old = read_manifest(self._destination)
+    def _expect_no_folder(self, names: Iterable[str]) -> None:
+        for path in (self._destination / name for name in names):
+            if path.is_dir() and not path.is_symlink():
+                raise CheckpointError(
+                    f"{path}: is a folder, and a file of the checkpoint has to be there; remove "
+                    "it and run quantize again"
+                )
+
+    def _remove_old(self, names: Iterable[str]) -> None:
         (self._destination / INDEX).unlink(missing_ok=True)
         sync_folder(self._destination)
-        for record in (*old.shards, *old.files):
-            if record.name not in keep:
-                (self._destination / record.name).unlink(missing_ok=True)
+        for name in names:
+            (self._destination / name).unlink(missing_ok=True)
         (self._destination / MANIFEST).unlink()
         sync_folder(self._destination)
 

@@ -43,12 +43,13 @@ def _patch(family: MoEFamily) -> Patch:
         module=module,
         attribute=converter,
         wrapper=_fusing_scales(family),
-        misfit=lambda module: _misfit(module, converter),
+        misfit=lambda module: _misfit(module, family),
         native=lambda module: mentions(attrgetter(converter)(module), FEATURE),
     )
 
 
-def _misfit(module: ModuleType, converter: str) -> str | None:
+def _misfit(module: ModuleType, family: MoEFamily) -> str | None:
+    converter = family.converter.partition(":")[2]
     function = attrgetter(converter)(module)
     parameters = list(inspect.signature(function).parameters)
     if "state_dict" not in parameters[0] or parameters[1:2] not in (["config"], ["cfg"]):
@@ -64,6 +65,8 @@ def _misfit(module: ModuleType, converter: str) -> str | None:
     ]
     if not callers or not all(mentions(caller, converter) for caller in callers):
         return f"{_ENTRANCE} of {module.__name__} does not call {converter}"
+    if family.converter_knows_scales:
+        return None
     for part in (function, *callers):
         scales = sorted(word for word in words(part) if "scale" in word)
         if scales:
@@ -115,9 +118,7 @@ def take_out_scales(
     """
     from nxdi_expertscale import expert_scales
 
-    experts = family.experts_of(config)
-    if experts is None:
-        raise _not_as_known(family, f"its config has none of {', '.join(family.num_experts)}")
+    experts = _experts_of(config, family)
     check_range = not _is_vouched_for(state_dict, config.neuron_config)
     found = [
         expert_scales.collect(state_dict, family, layer, experts, check_range=check_range)
@@ -143,9 +144,16 @@ def stack_experts(state_dict: dict[str, torch.Tensor], config: Any, family: MoEF
     """
     from nxdi_expertscale import expert_weights
 
-    experts = family.experts_of(config)
+    experts = _experts_of(config, family)
     for layer in range(config.num_hidden_layers):
-        expert_weights.stack(state_dict, family, layer, experts or 0)
+        expert_weights.stack(state_dict, family, layer, experts)
+
+
+def _experts_of(config: Any, family: MoEFamily) -> int:
+    experts = family.experts_of(config)
+    if experts is None:
+        raise _not_as_known(family, f"its config has none of {', '.join(family.num_experts)}")
+    return experts
 
 
 def put_in_scales(

@@ -113,9 +113,9 @@ def run(
     return result
 
 
-def build_wheel(folder: Path) -> Path:
-    """Build the wheel from the source tree."""
+def build_wheel(folder: Path, source: Path = ROOT) -> Path:
+    """Build the wheel of a source tree, by default this package's own."""
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    run([*pip, "--wheel-dir", str(folder), str(ROOT)])
+    run([*pip, "--wheel-dir", str(folder), str(source)])
     (wheel,) = folder.glob("*.whl")
     return wheel

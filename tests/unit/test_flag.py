@@ -28,7 +28,8 @@ def neuron_config(**settings: Any) -> Any:
         "expert_wise_scale": True,
         "quantized": True,
         "quantization_type": "per_channel_symmetric",
-        "seq_len": 4096,
+        # Long enough for any context: what is looked at here is token generation.
+        "max_context_length": 4096,
     }
     return SimpleNamespace(**{**usual, **settings})
 
@@ -38,9 +39,13 @@ def model_config(**sizes: Any) -> Any:
     return SimpleNamespace(**{**usual, **sizes})
 
 
-def check(settings: Any, model: Any = None, *, on_cpu: bool = True) -> None:
-    cores = frozenset() if on_cpu else frozenset({1, 2})
-    flag.check_model(settings, model or model_config(), QWEN3_MOE, flag.Upstream(True, cores))
+CPU = flag.Upstream(reads_moe_settings=True, kernel_cores=frozenset())
+DEVICE = flag.Upstream(reads_moe_settings=True, kernel_cores=frozenset({1, 2}))
+BEFORE_SETTINGS = flag.Upstream(reads_moe_settings=False, kernel_cores=frozenset({1, 2}))
+
+
+def check(settings: Any, model: Any = None, upstream: flag.Upstream = CPU) -> None:
+    flag.check_model(settings, model or model_config(), QWEN3_MOE, upstream)
 
 
 @pytest.mark.parametrize("value", [True, False])
@@ -166,7 +171,7 @@ def test_expert_parallel_needs_the_smallest_batch_that_chooses_every_expert(
     with pytest.raises(
         ConfigurationError,
         match=rf"degree 2\): token generation with {smallest - 1} x 1 tokens and {top_k} of "
-        rf"{experts} experts .* batch_size of at least {smallest}, or moe_ep_degree=1",
+        rf"{experts} .*batch_size of at least {smallest}, or moe_ep_degree=1",
     ):
         check(neuron_config(moe_ep_degree=2, batch_size=smallest - 1), model)
 
@@ -181,6 +186,7 @@ def test_expert_parallel_needs_the_smallest_batch_that_chooses_every_expert(
             "batch_size": 16,
             "chunked_prefill_config": SimpleNamespace(max_num_seqs=15),
         },
+        {"moe_ep_degree": 2, "batch_size": 16, "token_generation_batches": [16, 15]},
         {
             "batch_size": 15,
             "hybrid_sharding_config": SimpleNamespace(moe_cte_ep_degree=1, moe_tkg_ep_degree=2),
@@ -188,9 +194,7 @@ def test_expert_parallel_needs_the_smallest_batch_that_chooses_every_expert(
     ],
 )
 def test_wherever_the_degree_and_the_batch_are_set(settings: dict[str, Any]) -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"token generation with .* a batch_size of at least 16"
-    ):
+    with pytest.raises(ConfigurationError, match=r"token generation with 15? x 1 tokens"):
         check(neuron_config(**settings))
 
 
@@ -213,7 +217,7 @@ def test_wherever_the_degree_and_the_batch_are_set(settings: dict[str, Any]) -> 
         {
             "moe_ep_degree": 2,
             "batch_size": 1,
-            "hybrid_sharding_config": SimpleNamespace(moe_cte_ep_degree=1, moe_tkg_ep_degree=1),
+            "hybrid_sharding_config": SimpleNamespace(moe_cte_ep_degree=2, moe_tkg_ep_degree=1),
         },
     ],
 )
@@ -222,16 +226,11 @@ def test_nothing_is_refused_that_would_run(settings: dict[str, Any]) -> None:
 
 
 def test_contexts_shorter_than_a_block_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    check(neuron_config(moe_ep_degree=2, batch_size=16, seq_len=3))
+    check(neuron_config(moe_ep_degree=2, batch_size=16, max_context_length=3))
     assert "a smaller block_size" in caplog.text
     caplog.clear()
-    check(neuron_config(moe_ep_degree=2, batch_size=16, seq_len=4))
+    check(neuron_config(moe_ep_degree=2, batch_size=16, max_context_length=4))
     assert caplog.text == ""
-
-
-def test_expert_parallelism_of_the_whole_model_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="ep_degree=2: no release"):
-        check(neuron_config(ep_degree=2))
 
 
 def test_model_whose_sizes_are_not_known_yet_is_let_through() -> None:
@@ -240,31 +239,45 @@ def test_model_whose_sizes_are_not_known_yet_is_let_through() -> None:
     check(neuron_config(moe_ep_degree=2, batch_size=1), unknown)
 
 
+@pytest.mark.parametrize("degree", [0, 2, 16])
+def test_expert_parallelism_of_the_whole_model_is_refused(degree: int) -> None:
+    with pytest.raises(ConfigurationError, match=f"ep_degree={degree}: .* or ep_degree=1"):
+        check(neuron_config(ep_degree=degree, batch_size=128))
+
+
 KERNEL = SimpleNamespace(logical_nc_config=2, use_torch_block_wise=False)
+ONE_CORE = SimpleNamespace(logical_nc_config=1, use_torch_block_wise=False)
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"logical_nc_config": 1}, "needs logical_nc_config=2, not 1"),
         (
-            {"blockwise_matmul_config": SimpleNamespace(logical_nc_config=1)},
+            {"blockwise_matmul_config": ONE_CORE},
             "needs blockwise_matmul_config.logical_nc_config=2, not 1",
         ),
         (
             {"logical_nc_config": 1, "blockwise_matmul_config": KERNEL},
             "needs logical_nc_config=2, not 1",
         ),
+        ({"logical_nc_config": 1, "capacity_factor": 1.0}, "needs logical_nc_config=2, not 1"),
     ],
 )
 def test_another_logical_nc_is_refused_where_the_kernel_runs(
     settings: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=says) as refused:
-        check(neuron_config(**settings), on_cpu=False)
+        check(neuron_config(**settings), upstream=DEVICE)
 
     assert 'blockwise_matmul_config={"use_torch_block_wise": True}' in str(refused.value)
-    check(neuron_config(**settings), on_cpu=True)
+    check(neuron_config(**settings), upstream=CPU)
+
+
+def test_release_without_the_way_round_the_kernel_is_not_told_of_it() -> None:
+    with pytest.raises(ConfigurationError, match="needs logical_nc_config=2") as refused:
+        check(neuron_config(logical_nc_config=1), upstream=BEFORE_SETTINGS)
+
+    assert "use_torch_block_wise" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +295,15 @@ def test_another_logical_nc_is_refused_where_the_kernel_runs(
     ],
 )
 def test_logical_nc_is_free_where_the_kernel_does_not_run(settings: dict[str, Any]) -> None:
-    check(neuron_config(**settings), on_cpu=False)
+    check(neuron_config(**settings), upstream=DEVICE)
+    if "blockwise_matmul_config" not in settings:
+        check(neuron_config(**settings, capacity_factor=1.0), upstream=BEFORE_SETTINGS)
+
+
+def test_number_of_cores_may_be_an_enumerations() -> None:
+    two = enum.Enum("LogicalNC", {"TWO": 2}).TWO  # type: ignore[attr-defined]
+
+    check(neuron_config(logical_nc_config=two), upstream=DEVICE)
 
 
 def test_family_is_known_by_model_type_or_by_the_module_of_the_config() -> None:

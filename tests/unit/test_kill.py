@@ -37,7 +37,7 @@ def test_killed_runs_end_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) ->
         quantize_checkpoint(src, tmp_path / name, **settings)
         undisturbed[name] = checkpoints.contents(tmp_path / name)
     chance = random.Random(0)
-    longest, kills, moments = 0.3, 0, set[str]()
+    longest, kills, moments = 60.0, 0, set[str]()
     while kills < KILLS:
         name = chance.choice(["all", "all", "all", "head"])
         process = context.Process(
@@ -47,7 +47,8 @@ def test_killed_runs_end_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) ->
         )
         process.start()
         started = time.monotonic()
-        process.join(chance.uniform(0, longest))
+        # The first is left alone, and shows how long one takes on this machine.
+        process.join(chance.uniform(0, longest) if dst.exists() else longest)
         if process.exitcode is None:
             process.kill()
             process.join()
@@ -59,7 +60,7 @@ def test_killed_runs_end_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) ->
         else:
             assert process.exitcode == 0
             assert checkpoints.contents(dst) == undisturbed[name]
-            longest = min(longest, 1.2 * (time.monotonic() - started))
+            longest = 1.2 * (time.monotonic() - started)
 
     quantize_checkpoint(src, dst, overwrite=True, **requests["all"])
 

@@ -120,7 +120,7 @@ def _outcome(scenario: Scenario, moe: Path, settings: dict[str, Any]) -> Outcome
         config = running.inference_config(moe, **settings)
         if scenario.reloaded:
             config = type(config).from_json_string(config.to_json_string())
-        application = running.NeuronQwen3MoeForCausalLM(str(moe), config)
+        application = running.application_cls(moe)(str(moe), config)
         loaded = running.load_application(application)
         return Outcome(tuple(loaded.logits(models.prompt()).flatten().tolist()), log=log.lines)
     except Exception as error:
@@ -146,7 +146,7 @@ class _Log(logging.Handler):
 def _is_late(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_name in ("checkpoint_loader_fn", "load_weights"):
+        if trace.tb_frame.f_code.co_name in ("checkpoint_loader_fn", "_load_weights"):
             return True
         trace = trace.tb_next
     return False

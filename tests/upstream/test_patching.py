@@ -33,39 +33,37 @@ def activated() -> Iterator[None]:
         nxdi_expertscale.deactivate()
 
 
-def objects_at_seams() -> dict[str, Any]:
-    """What stands at each seam now, not what its descriptor makes of it."""
-    found = {}
+def places_of_seams() -> list[tuple[Any, str]]:
+    """For each seam, the module or class that holds it, and its name there."""
+    places = []
     for seam in nxdi_expertscale.status():
-        parent: Any = importlib.import_module(seam.module)
+        owner: Any = importlib.import_module(seam.module)
         *path, name = seam.attribute.split(".")
         for part in path:
-            parent = getattr(parent, part)
-        found[seam.seam] = vars(parent)[name]
-    return found
+            owner = getattr(owner, part)
+        places.append((owner, name))
+    return places
 
 
 @pytest.mark.usefixtures("nxdi")
 def test_every_seam_is_patched_and_deactivation_puts_back_the_very_objects() -> None:
-    nxdi_expertscale.activate()
-    patched = objects_at_seams()
-    states = {seam.seam: (seam.state, seam.reason) for seam in nxdi_expertscale.status()}
-    nxdi_expertscale.activate()
-    assert all(objects_at_seams()[name] is patch for name, patch in patched.items())
-    attributes = [(seam.module, seam.attribute) for seam in nxdi_expertscale.status()]
-    nxdi_expertscale.deactivate()
+    with activated():
+        places = places_of_seams()
+        states = {(seam.state, seam.reason) for seam in nxdi_expertscale.status()}
+        patched = [vars(owner)[name] for owner, name in places]
+        signatures = [inspect.signature(getattr(owner, name)) for owner, name in places]
+        nxdi_expertscale.activate()
+        assert all(
+            vars(owner)[name] is patch for (owner, name), patch in zip(places, patched, strict=True)
+        )
 
-    assert set(states.values()) == {("applied", "")}
+    assert states == {("applied", "")}
     assert nxdi_expertscale.status() == ()
-    for (module, attribute), patch in zip(attributes, patched.values(), strict=True):
-        current: Any = importlib.import_module(module)
-        *path, name = attribute.split(".")
-        for part in path:
-            current = getattr(current, part)
-        original = vars(current)[name]
+    for (owner, name), patch, signature in zip(places, patched, signatures, strict=True):
+        original = vars(owner)[name]
         assert patch is not original
         assert patch.__wrapped__ is original
-        assert inspect.signature(patch) == inspect.signature(original)
+        assert signature == inspect.signature(getattr(owner, name))
 
 
 def test_deactivated_nxdi_is_the_stock_one(

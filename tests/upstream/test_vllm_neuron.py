@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,7 +28,6 @@ OVERRIDE: dict[str, Any] = {
     "quantization_dtype": "f8e4m3",
     "expert_wise_scale": True,
 }
-ARCHITECTURE = "Qwen3MoeForCausalLM"
 
 
 @pytest.fixture
@@ -39,6 +40,19 @@ def loader(target: Target, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         pytest.skip("needs vLLM")
     monkeypatch.syspath_prepend(str(folder))
     return importlib.import_module("vllm_neuron.worker.neuronx_distributed_model_loader")
+
+
+@pytest.fixture
+def model(target: Target, moe: Path, tmp_path: Path) -> Path:
+    """A model that the release offers to vLLM-Neuron: NxDI 0.5 does not offer Qwen3 MoE."""
+    return models.save_mixtral(tmp_path / "mixtral") if target.version < (0, 6) else moe
+
+
+@pytest.fixture
+def application(loader: ModuleType, model: Path) -> Any:
+    """NxDI's application of the model, as vLLM-Neuron finds it."""
+    (architecture,) = json.loads((model / "config.json").read_text())["architectures"]
+    return loader._get_neuron_model_cls(architecture)
 
 
 def neuron_config(loader: ModuleType, override: dict[str, Any], **vllm: Any) -> dict[str, Any]:
@@ -62,13 +76,14 @@ def neuron_config(loader: ModuleType, override: dict[str, Any], **vllm: Any) -> 
     return checked
 
 
-def test_flag_reaches_the_config(loader: ModuleType, moe: Path, tmp_path: Path) -> None:
+def test_flag_reaches_the_config(
+    loader: ModuleType, application: Any, model: Path, tmp_path: Path
+) -> None:
     override = {**OVERRIDE, "quantized_checkpoints_path": str(tmp_path / "fp8")}
-    application = loader._get_neuron_model_cls(ARCHITECTURE)
 
     settings = application.get_neuron_config_cls()(**neuron_config(loader, override))
     config = application.get_config_cls()(
-        settings, load_config=loader.load_pretrained_config(str(moe))
+        settings, load_config=loader.load_pretrained_config(str(model))
     )
 
     assert config.neuron_config.expert_wise_scale is True
@@ -76,7 +91,7 @@ def test_flag_reaches_the_config(loader: ModuleType, moe: Path, tmp_path: Path) 
 
 
 def test_what_vllm_neuron_fills_in_is_refused_with_what_to_write(
-    loader: ModuleType, tmp_path: Path
+    loader: ModuleType, application: Any, tmp_path: Path
 ) -> None:
     """Where ``quantization_type`` is not named, vLLM-Neuron takes ``per_tensor_symmetric``."""
     override = {
@@ -84,27 +99,27 @@ def test_what_vllm_neuron_fills_in_is_refused_with_what_to_write(
         "quantized_checkpoints_path": str(tmp_path / "fp8"),
         "expert_wise_scale": True,
     }
-    application = loader._get_neuron_model_cls(ARCHITECTURE)
 
     with pytest.raises(ValueError, match="needs quantization_type='per_channel_symmetric'"):
         application.get_neuron_config_cls()(**neuron_config(loader, override))
 
 
-def test_draft_copied_from_the_target(loader: ModuleType, moe: Path, tmp_path: Path) -> None:
+def test_draft_copied_from_the_target(
+    loader: ModuleType, application: Any, model: Path, tmp_path: Path
+) -> None:
     """Its config is of the target's class, which in vLLM-Neuron 0.2 keeps out a dense draft."""
-    draft = models.save_qwen3_moe(tmp_path / "draft", experts=4)
+    draft = shutil.copytree(model, tmp_path / "draft")
     override = {**OVERRIDE, "quantized_checkpoints_path": str(tmp_path / "fp8")}
     speculation = SimpleNamespace(
         num_speculative_tokens=2,
         method="draft_model",
         draft_model_config=SimpleNamespace(model=str(draft)),
     )
-    application = loader._get_neuron_model_cls(ARCHITECTURE)
     settings = application.get_neuron_config_cls()(
         **neuron_config(loader, override, speculative_config=speculation)
     )
     config = application.get_config_cls()(
-        settings, load_config=loader.load_pretrained_config(str(moe))
+        settings, load_config=loader.load_pretrained_config(str(model))
     )
 
     loader.NeuronModelBase._init_fused_spec_config(None, config, application, speculation)
@@ -112,18 +127,21 @@ def test_draft_copied_from_the_target(loader: ModuleType, moe: Path, tmp_path: P
     draft_config = config.fused_spec_config.draft_config
     assert draft_config.neuron_config.expert_wise_scale is True
     assert draft_config.neuron_config.enable_fused_speculation is False
-    assert draft_config.num_experts == 4
+    assert draft_config.neuron_config is not config.neuron_config
 
 
 def test_compiling_makes_the_folder_once(
-    loader: ModuleType, moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loader: ModuleType,
+    application: Any,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "fp8"
-    application = loader._get_neuron_model_cls(ARCHITECTURE)
     override = {**OVERRIDE, "quantized_checkpoints_path": str(folder)}
     config = application.get_config_cls()(
         application.get_neuron_config_cls()(**neuron_config(loader, override)),
-        load_config=loader.load_pretrained_config(str(moe)),
+        load_config=loader.load_pretrained_config(str(model)),
     )
     # What follows needs the compiler and the device.
     monkeypatch.setattr(application, "compile", lambda _self, _path: None)
@@ -131,7 +149,7 @@ def test_compiling_makes_the_folder_once(
     made = []
     for _ in range(2):
         loader.NeuronCausalLM._compile_and_load_model(
-            SimpleNamespace(), str(moe), application, config, str(tmp_path / "compiled")
+            SimpleNamespace(), str(model), application, config, str(tmp_path / "compiled")
         )
         made.append({path.name: path.stat().st_mtime_ns for path in folder.iterdir()})
 

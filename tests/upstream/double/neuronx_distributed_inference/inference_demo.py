@@ -12,6 +12,20 @@ from typing import Any
 from neuronx_distributed.quantization.quantization_config import QuantizationType
 
 from neuronx_distributed_inference.models.config import NeuronConfig, to_torch_dtype
+from neuronx_distributed_inference.models.qwen3_moe.modeling_qwen3_moe import (
+    NeuronQwen3MoeForCausalLM,
+)
+from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
+
+MODEL_TYPES = {"qwen3_moe": {"causal-lm": NeuronQwen3MoeForCausalLM}}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model-type", type=str, choices=MODEL_TYPES.keys(), required=True)
+    parser.add_argument("--task-type", type=str, required=True)
+    setup_run_parser(parser.add_subparsers().add_parser("run"))
+    return parser.parse_args()
 
 
 def setup_run_parser(run_parser: argparse.ArgumentParser) -> None:
@@ -21,7 +35,8 @@ def setup_run_parser(run_parser: argparse.ArgumentParser) -> None:
     run_parser.add_argument("--torch-dtype", type=to_torch_dtype)
     for name in ("batch-size", "seq-len", "max-context-length", "tp-degree", "logical-nc-config"):
         run_parser.add_argument(f"--{name}", type=int)
-    run_parser.add_argument("--fused-qkv", action="store_true")
+    for name in ("fused-qkv", "skip-compile", "compile-only"):
+        run_parser.add_argument(f"--{name}", action="store_true")
     run_parser.add_argument("--quantized", action="store_true")
     run_parser.add_argument("--quantized-checkpoints-path", type=str)
     run_parser.add_argument(
@@ -50,3 +65,24 @@ def create_neuron_config(model_cls: Any, args: argparse.Namespace) -> tuple[None
     if args.modules_to_not_convert_lists:
         settings["modules_to_not_convert"] = args.modules_to_not_convert_lists
     return None, model_cls.get_neuron_config_cls()(**settings)
+
+
+def run_inference(model_cls: Any, args: argparse.Namespace) -> None:
+    _, neuron_config = create_neuron_config(model_cls, args)
+    config = model_cls.get_config_cls()(
+        neuron_config, load_config=load_pretrained_config(args.model_path)
+    )
+    model_cls(args.model_path, config)
+    if neuron_config.quantized:
+        model_cls.save_quantized_state_dict(args.model_path, config)
+    if not (args.skip_compile and args.compile_only):
+        raise NotImplementedError("the double has no compiler and no device")
+
+
+def main() -> None:
+    args = parse_args()
+    run_inference(MODEL_TYPES[args.model_type][args.task_type], args)
+
+
+if __name__ == "__main__":
+    main()

@@ -53,7 +53,8 @@ class BaseQuantizeParallelLinear(nn.Module):
         self.quantized_dtype = QuantizedDtype(q_config["quantized_dtype"])
         self.activation_quantization_type = q_config["activation_quantization_type"]
         self.clamp_bound = q_config["clamp_bound"]
-        self._n_local_experts = getattr(layer, "_n_local_experts", None)
+        if isinstance(layer, ExpertFusedLinear):
+            self._n_local_experts = layer._n_local_experts
         cut = layer.weight
         self.weight = parallel_parameter(
             cut.shape, self.quantized_dtype.value, cut.partition_dim, cut.partition_stride

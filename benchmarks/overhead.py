@@ -1,0 +1,307 @@
+"""What this package costs NxDI: time and memory of the conversion, time and operations of a layer.
+
+    NXDI_EXPERTSCALE_UPSTREAM=FOLDER python -m benchmarks.overhead [--release 0.9] [--json]
+
+One layer of Qwen3-30B-A3B's size goes through a release's real sources on a CPU (see
+``tests/upstream``). The share of the conversion is measured within one run: the whole of the
+patched converter, and NxDI's own function inside it. Memory is that of processes of their own,
+with and without the package in force.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from nxdi_expertscale import decoder
+from nxdi_expertscale.checkpoint import quantize_checkpoint
+from nxdi_expertscale.checkpoint.manifest import MANIFEST
+from nxdi_expertscale.families import QWEN3_MOE
+from tests.upstream import targets
+
+LAYER: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 1024,
+    "hidden_size": 2048,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "intermediate_size": 6144,
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "pad_token_id": 0,
+    "dtype": "bfloat16",
+    "torch_dtype": "bfloat16",
+}
+"""Qwen3-30B-A3B's ``config.json``, with one layer and a small vocabulary."""
+
+REPETITIONS = 5
+TOKENS = 32
+"""Few enough for NxDI to run all experts on all of them; with more it indexes the scales by expert,
+which on a CPU fails where there is one for all."""
+CONVERTER = "convert_qwen3_moe_hf_to_neuron_state_dict"
+
+
+def make_checkpoint(folder: Path) -> None:
+    """Write the layer with random weights in bfloat16."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    shapes = decoder.read_architecture(LAYER, QWEN3_MOE, "config.json").shapes()
+    weights = {
+        name if name == decoder.LM_HEAD else f"model.{name}": (
+            torch.randn(shape, generator=generator) * 0.02
+        ).to(torch.bfloat16)
+        for name, shape in shapes.items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(LAYER))
+
+
+# In a process that has NxDI's sources
+
+
+def settings(quantized: Path, *, expert_wise: bool) -> dict[str, Any]:
+    from tests.upstream import running
+
+    return {
+        **running.FP8,
+        "quantized_checkpoints_path": str(quantized),
+        "modules_to_not_convert": [running.ROUTER],
+        "expert_wise_scale": expert_wise,
+        "torch_dtype": torch.bfloat16,
+        "seq_len": TOKENS,
+        "max_context_length": TOKENS,
+    }
+
+
+def conversion(model: Path, quantized: Path) -> dict[str, float]:
+    """Seconds of NxDI's converter, and of what is around it; the best of several runs."""
+    from tests.upstream import running
+
+    module = sys.modules[running.application_cls(model).__module__]
+    patched: Any = getattr(module, CONVERTER)
+    seconds: dict[str, list[float]] = {"upstream": [], "package": []}
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        inside = 0.0
+
+        def upstream(neuron_state_dict: Any, config: Any) -> Any:
+            nonlocal inside
+            started = time.perf_counter()
+            converted = patched.__wrapped__(neuron_state_dict, config)
+            inside = time.perf_counter() - started
+            return converted
+
+        started = time.perf_counter()
+        converted = patched._self_wrapper(upstream, None, args, kwargs)
+        seconds["package"].append(time.perf_counter() - started - inside)
+        seconds["upstream"].append(inside)
+        return converted
+
+    setattr(module, CONVERTER, timed)
+    try:
+        for _ in range(REPETITIONS):
+            running.convert(model, **settings(quantized, expert_wise=True))
+    finally:
+        setattr(module, CONVERTER, patched)
+    return {name: min(values) for name, values in seconds.items()}
+
+
+class _Operations(TorchDispatchMode):
+    """Counts the operations that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def forward(model: Path, quantized: Path) -> dict[str, dict[str, float]]:
+    """Seconds, operations and bytes of scales of the quantized experts, for each kind of scales."""
+    from tests.upstream import running
+
+    loaded = {
+        name: running.load(model, **settings(quantized, expert_wise=flag))
+        for name, flag in (("expert_wise", True), ("per_channel", False))
+    }
+    inputs = torch.randn(
+        1, TOKENS, LAYER["hidden_size"], generator=torch.Generator().manual_seed(1)
+    ).to(torch.bfloat16)
+    seconds: dict[str, list[float]] = {name: [] for name in loaded}
+    for _ in range(REPETITIONS):
+        for name, instance in loaded.items():
+            started = time.perf_counter()
+            instance.moe_output(0, inputs)
+            seconds[name].append(time.perf_counter() - started)
+    found = {}
+    for name, instance in loaded.items():
+        with _Operations() as operations:
+            instance.moe_output(0, inputs)
+        with FlopCounterMode(display=False) as flops:
+            instance.moe_output(0, inputs)
+        experts = instance.module.layers[0].mlp.expert_mlps.mlp_op
+        found[name] = {
+            "seconds": min(seconds[name]),
+            "operations": operations.counts.total(),
+            "gigaflops": flops.get_total_flops() / 1e9,
+            "scale_bytes": sum(p.nbytes for n, p in experts.named_parameters() if "scale" in n),
+            "weight_bytes": sum(p.nbytes for n, p in experts.named_parameters() if "weight" in n),
+        }
+    return found
+
+
+def child(task: str, release: str, model: Path, quantized: Path) -> dict[str, Any]:
+    """One measurement, in a process that can import one release."""
+    targets.all_targets()[release].prepare()
+    torch.set_num_threads(1)
+    if task != "without":
+        import nxdi_expertscale
+
+        nxdi_expertscale.activate()
+    from tests.upstream import ranks, running
+
+    with tempfile.TemporaryDirectory() as store, ranks.parallel_state(0, 1, Path(store, "rank")):
+        if task == "conversion":
+            return conversion(model, quantized)
+        if task == "forward":
+            return forward(model, quantized)
+        chosen = settings(quantized, expert_wise=True)
+        if task == "without":
+            del chosen["expert_wise_scale"]
+        running.convert(model, **chosen)
+        # Kibibytes, on Linux
+        return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+# In the process that was started
+
+
+def measure(task: str, release: str, model: Path, quantized: Path) -> Any:
+    environment = {**os.environ, "NXDI_PLUGINS": "" if task == "without" else "expertscale"}
+    command = [sys.executable, "-m", "benchmarks.overhead", "--child", task]
+    command += ["--release", release, "--folders", str(model), str(quantized)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@contextmanager
+def without_manifest(quantized: Path) -> Iterator[None]:
+    """A folder that does not say of itself that its weights are in range."""
+    manifest = quantized / MANIFEST
+    content = manifest.read_bytes()
+    manifest.unlink()
+    try:
+        yield
+    finally:
+        manifest.write_bytes(content)
+
+
+def of_nxdi(release: str) -> dict[str, Any]:
+    """Everything that is measured with NxDI's sources."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, quantized = Path(folder, "model"), Path(folder, "fp8")
+        make_checkpoint(model)
+        quantize_checkpoint(model, quantized)
+        found = {"release": release, "conversion": measure("conversion", release, model, quantized)}
+        with without_manifest(quantized):
+            found["conversion_without_manifest"] = measure("conversion", release, model, quantized)
+        found["peak"] = {
+            name: measure(name, release, model, quantized)["peak_bytes"]
+            for name in ("with", "without")
+        }
+        found["forward"] = measure("forward", release, model, quantized)
+        return found
+
+
+def nxdi_table(found: dict[str, Any]) -> Table:
+    table = Table("one layer of Qwen3-30B-A3B", title=f"NxDI {found['release']}, on a CPU")
+    for column in ("NxDI alone", "with this package", "difference"):
+        table.add_column(column, justify="right")
+    names = {
+        "conversion": "conversion, folder of our quantizer",
+        "conversion_without_manifest": "conversion, any other (range checked)",
+    }
+    for key, name in names.items():
+        upstream, package = found[key]["upstream"], found[key]["package"]
+        table.add_row(
+            name,
+            f"{upstream:.2f} s",
+            f"{upstream + package:.2f} s",
+            f"{1000 * package:.1f} ms, {package / upstream:.2%}",
+        )
+    before, after = found["peak"]["without"], found["peak"]["with"]
+    table.add_row(
+        "conversion, peak memory",
+        f"{before / 1e9:.2f} GB",
+        f"{after / 1e9:.2f} GB",
+        f"{(after - before) / 1e6:+.0f} MB",
+    )
+    shared, own = found["forward"]["per_channel"], found["forward"]["expert_wise"]
+    table.add_row(
+        f"experts' forward, {TOKENS} tokens",
+        f"{shared['seconds']:.2f} s",
+        f"{own['seconds']:.2f} s",
+        f"{own['seconds'] / shared['seconds']:.3f} times",
+    )
+    for key in ("operations", "gigaflops", "scale_bytes", "weight_bytes"):
+        table.add_row(
+            f"experts' {key.replace('_', ' ')}",
+            f"{shared[key]:,.0f}",
+            f"{own[key]:,.0f}",
+            f"{own[key] - shared[key]:+,.0f}",
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--release", default="0.9", help="the release of NxDI to measure")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--folders", nargs=2, type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child is not None:
+        print(json.dumps(child(options.child, options.release, *options.folders)))
+        return
+    if options.release not in targets.all_targets():
+        parser.error(f"no sources of NxDI {options.release} in {targets.UPSTREAM_VARIABLE}")
+    found = of_nxdi(options.release)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        Console(width=110).print(nxdi_table(found))
+
+
+if __name__ == "__main__":
+    main()
