@@ -41,14 +41,14 @@ _COMMON: dict[str, Any] = {
 
 
 def save_qwen3_moe(folder: Path, *, spread: float = 1.0, experts: int = EXPERTS) -> Path:
-    """Write a Qwen3 MoE.
+    """Write a Qwen3 MoE, whose output channels differ in magnitude as well.
 
     Args:
         folder: The folder to write, not there yet.
         spread: The factor between the weights of the smallest and of the largest expert.
         experts: Number of experts in each layer, of which a token goes through two.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     config = Qwen3MoeConfig(
         **_COMMON,
         moe_intermediate_size=MOE_INTERMEDIATE_SIZE,
@@ -60,16 +60,16 @@ def save_qwen3_moe(folder: Path, *, spread: float = 1.0, experts: int = EXPERTS)
     with torch.no_grad():
         for layer in model.model.layers:
             for number, expert in enumerate(layer.mlp.experts):
-                factor = spread ** (number / (experts - 1))
+                factor = spread ** (number / (experts - 1)) / spread
                 for projection in (expert.gate_proj, expert.up_proj, expert.down_proj):
-                    projection.weight.mul_(factor / spread)
+                    projection.weight.mul_(factor * _of_channels(projection.weight))
     model.save_pretrained(folder)
     return folder
 
 
 def save_mixtral(folder: Path, *, spread: float = 1.0) -> Path:
     """Write a Mixtral; see :func:`save_qwen3_moe`."""
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     config = MixtralConfig(
         **_COMMON,
         intermediate_size=MOE_INTERMEDIATE_SIZE,
@@ -82,7 +82,9 @@ def save_mixtral(folder: Path, *, spread: float = 1.0) -> Path:
         for layer in model.model.layers:
             for number, expert in enumerate(layer.block_sparse_moe.experts):
                 for projection in (expert.w1, expert.w3, expert.w2):
-                    projection.weight.mul_(_factor(number, spread))
+                    projection.weight.mul_(
+                        _factor(number, spread) * _of_channels(projection.weight)
+                    )
     model.save_pretrained(folder)
     return folder
 
@@ -129,6 +131,11 @@ def save_llama4(folder: Path, *, spread: float = 1.0) -> Path:
                     expert.mul_(_factor(number, spread))
     model.save_pretrained(folder)
     return folder
+
+
+def _of_channels(weight: torch.Tensor) -> torch.Tensor:
+    """Magnitudes of output channels from 1/4 to 4, so that a scale at a wrong one shows."""
+    return 2 ** (4 * torch.rand(weight.shape[0], 1) - 2)
 
 
 def _factor(expert: int, spread: float) -> float:
