@@ -126,6 +126,7 @@ def qwen3_moe_config(*, hidden_size: int, moe_intermediate_size: int) -> dict[st
         "max_position_embeddings": CONTEXT,
         "tie_word_embeddings": False,
         "attention_bias": False,
+        "initializer_range": hidden_size**-0.5,
         "pad_token_id": 0,
         "bos_token_id": 0,
         "eos_token_id": 0,
