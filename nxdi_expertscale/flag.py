@@ -194,14 +194,13 @@ def _check_logical_nc(neuron_config: Any, upstream: Upstream) -> None:
     # for expert-wise scales.
     if not _uses_blockwise_kernel(neuron_config, upstream):
         return
-    blockwise = getattr(neuron_config, "blockwise_matmul_config", None)
-    read = blockwise if upstream.reads_moe_settings else neuron_config
-    if _cores(read) not in upstream.kernel_cores:
+    holders = [(neuron_config, "logical_nc_config")]
+    if upstream.reads_moe_settings:
+        blockwise = getattr(neuron_config, "blockwise_matmul_config", None)
+        holders.insert(0, (blockwise, "blockwise_matmul_config.logical_nc_config"))
+    if _cores(holders[0][0]) not in upstream.kernel_cores:
         return
-    for holder, setting in (
-        (blockwise, "blockwise_matmul_config.logical_nc_config"),
-        (neuron_config, "logical_nc_config"),
-    ):
+    for holder, setting in holders:
         cores = _cores(holder)
         if cores != 2:
             raise ConfigurationError(
