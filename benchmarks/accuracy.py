@@ -42,12 +42,12 @@ from nxdi_expertscale.evaluation import Evaluation, evaluate_checkpoint
 from nxdi_expertscale.families import QWEN3_MOE
 from tests.upstream import targets
 
-MODEL = small_model.qwen3_moe_config(hidden_size=64, moe_intermediate_size=64)
-RECIPE = small_model.Recipe(steps=400, batch=16)
+MODEL = small_model.qwen3_moe_config(hidden_size=128, moe_intermediate_size=128)
+RECIPE = small_model.Recipe(steps=800, batch=16, learning_rate=3e-3)
 SPREADS = (1, 4, 16)
 """Factors between the experts' magnitudes."""
 
-TOKENS = 16384
+TOKENS = 32768
 PASSAGE = 256
 """Tokens that are predicted one by one through NxDI."""
 WINDOW = 64
