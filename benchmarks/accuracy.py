@@ -19,6 +19,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,12 @@ from nxdi_expertscale.evaluation import Evaluation, evaluate_checkpoint
 from nxdi_expertscale.families import QWEN3_MOE
 from tests.upstream import targets
 
-MODEL = small_model.qwen3_moe_config(hidden_size=64, moe_intermediate_size=64)
-RECIPE = small_model.Recipe(steps=1200)
+MODEL = small_model.qwen3_moe_config(hidden_size=128, moe_intermediate_size=128)
+RECIPE = small_model.Recipe(steps=800, batch=16, learning_rate=3e-3)
 SPREADS = (1, 4, 16)
 """Factors between the experts' magnitudes."""
 
-TOKENS = 16384
+TOKENS = 32768
 PASSAGE = 256
 """Tokens that are predicted one by one through NxDI."""
 WINDOW = 64
@@ -90,6 +91,18 @@ def _folders(work: Path, spread: int) -> tuple[Path, Path]:
     return work / name, work / f"{name}-fp8"
 
 
+def _run(command: Sequence[str], log: Path) -> None:
+    """Run a program that talks much.
+
+    Raises:
+        RuntimeError: It failed; the message names the file with what it said.
+    """
+    with log.open("w") as file:
+        status = subprocess.run(command, check=False, stdout=file, stderr=file).returncode
+    if status:
+        raise RuntimeError(f"{command[2]} ended with status {status}; see {log}")
+
+
 def reference_logits(model: Path, quantized: Path, windows: torch.Tensor) -> dict[str, Any]:
     """Logits of the token after each window, by the reference: what NxDI's are compared with."""
     (original, family), (fp8, _) = open_model(model), open_model(quantized)
@@ -119,8 +132,9 @@ def through_releases(work: Path, spread: int, text: str) -> list[dict[str, Any]]
         if target.is_double:
             continue
         out = work / f"nxdi-{release}.safetensors"
-        command = [release, str(model), str(quantized), str(given), str(out)]
-        subprocess.run([sys.executable, "-m", "benchmarks.through_nxdi", *command], check=True)
+        command = [sys.executable, "-m", "benchmarks.through_nxdi", release]
+        command += map(str, (model, quantized, given, out))
+        _run(command, out.with_suffix(".log"))
         found = load_file(out)
         for kind in _KINDS:
             difference = (found[kind] - reference[kind]).norm() / reference[kind].norm()
@@ -181,13 +195,10 @@ def through_lm_eval(work: Path, spread: int, text: str) -> list[dict[str, Any]]:
     for kind, folder in zip(_KINDS, (model, quantized, averaged), strict=True):
         out = work / "lm_eval" / f"{kind}-{spread}"
         arguments = f"pretrained={folder},dtype=float32,max_length={small_model.CONTEXT}"
-        command = ["--model", "hf", "--model_args", arguments, "--device", "cpu"]
+        command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu"]
+        command += ["--model_args", arguments]
         command += ["--tasks", ",".join(TASKS), "--include_path", str(tasks), "--batch_size", "16"]
-        subprocess.run(
-            [sys.executable, "-m", "lm_eval", *command, "--output_path", str(out)],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        _run([*command, "--output_path", str(out)], work / "lm_eval" / "log")
         newest = max(out.rglob("results_*.json"), key=lambda path: path.stat().st_mtime)
         results = json.loads(newest.read_text())["results"]
         rows.append({"spread": spread, "scales": kind} | {name: results[name] for name in TASKS})

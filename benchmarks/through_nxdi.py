@@ -26,12 +26,14 @@ from tests.upstream import targets
 WINDOWS = "windows"
 
 
-def main(release: str, model: Path, quantized: Path, windows: Path, out: Path) -> None:
-    targets.all_targets()[release].prepare()
-    from tests.upstream import ranks, running
+def logits(model: Path, quantized: Path, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits of the token after each window, by the names that this program writes.
 
-    batch = load_file(windows)[WINDOWS]
-    length = batch.shape[1]
+    NxDI is importable, and its parallel state is that of one rank.
+    """
+    from tests.upstream import running
+
+    length = windows.shape[1]
     bucket = {"seq_len": length, "max_context_length": length}
     fp8: dict[str, Any] = {
         **running.FP8,
@@ -43,12 +45,20 @@ def main(release: str, model: Path, quantized: Path, windows: Path, out: Path) -
         "expert_wise": {**fp8, "expert_wise_scale": True},
         "averaged": {**fp8, "expert_wise_scale": False},
     }
-    found: dict[str, torch.Tensor] = {}
+    found = {}
+    for name, chosen in settings.items():
+        loaded = running.load(model, **bucket, **chosen)
+        found[name] = torch.cat([loaded.logits(window[None]).float() for window in windows])
+    return found
+
+
+def main(release: str, model: Path, quantized: Path, windows: Path, out: Path) -> None:
+    targets.all_targets()[release].prepare()
+    from tests.upstream import ranks
+
+    batch = load_file(windows)[WINDOWS]
     with tempfile.TemporaryDirectory() as store, ranks.parallel_state(0, 1, Path(store, "rank")):
-        for name, chosen in settings.items():
-            loaded = running.load(model, **bucket, **chosen)
-            found[name] = torch.cat([loaded.logits(window[None]).float() for window in batch])
-    save_file(found, out)
+        save_file(logits(model, quantized, batch), out)
 
 
 if __name__ == "__main__":

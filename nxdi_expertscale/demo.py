@@ -19,11 +19,11 @@ from nxdi_expertscale.evaluation import Evaluation, evaluate_checkpoint
 from nxdi_expertscale.version import __version__
 
 CONFIG = small_model.qwen3_moe_config(hidden_size=64, moe_intermediate_size=64)
-RECIPE = small_model.Recipe(steps=300)
+RECIPE = small_model.Recipe(steps=400)
 SPREAD = 16
 """Factor between the experts' magnitudes in the second model."""
 
-TOKENS = 8192
+TOKENS = 32768
 """How many tokens of the held-out text are predicted."""
 
 HELD_OUT = "held-out.txt"
