@@ -96,7 +96,7 @@ def draw_evaluation(result: Evaluation, file: Path) -> None:
     layers.xaxis.set_major_locator(MaxNLocator(integer=True))
     layers.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     layers.grid(axis="y", alpha=0.3)
-    layers.legend()
+    layers.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
     values = [result.perplexity, *(found.perplexity for found in kinds.values())]
     names = ["original", *(name.replace(", ", ",\n") for name in kinds)]
     bars = perplexities.bar(names, values, color=(_ORIGINAL, _EXPERT_WISE, _AVERAGED))

@@ -83,7 +83,7 @@ def test_expert_wise_scales_keep_the_model(
 
     errors = nxdi.moe_errors(family.folder, loaded)
     record_property("MoE error, expert-wise", max(errors))
-    assert family.rounding < max(errors) < 0.06
+    assert family.rounding < max(errors) < 0.08
     for layer in family.layers:
         experts = experts_of(loaded, family, layer)
         gate_up = (models.EXPERTS, 1, 2 * models.MOE_INTERMEDIATE_SIZE)
