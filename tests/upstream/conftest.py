@@ -22,6 +22,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(workers.Dispatcher(here))
 
 
+# First, so that a test has the same name whether this file is loaded at once or while collecting:
+# the worker is given the names.
+@pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target_name" in metafunc.fixturenames:
         metafunc.parametrize("target_name", list(targets.all_targets()), scope="session")
