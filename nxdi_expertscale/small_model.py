@@ -206,6 +206,9 @@ def make(
 ) -> None:
     """Train a model in plain torch, and write it as a Hugging Face checkpoint in bfloat16.
 
+    In one thread (:func:`one_thread`) a recipe gives the same bytes each time; several add up in
+    an order of their own.
+
     Args:
         folder: The folder to write, there already.
         config: What its ``config.json`` is to hold.

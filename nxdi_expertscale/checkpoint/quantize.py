@@ -228,7 +228,7 @@ def _check_space(plan: Plan, destination: Path) -> None:
         folder = folder.parent
     # What an interrupted run has written already is used again.
     written = sum(
-        path.stat().st_blocks * 512 for path in (destination / WORK).glob("*.safetensors")
+        path.lstat().st_blocks * 512 for path in (destination / WORK).glob("*.safetensors")
     )
     free = shutil.disk_usage(folder).free
     if plan.nbytes - written > free:

@@ -32,6 +32,8 @@ _CHANGES: Mapping[str, tuple[tuple[int, int | None], ...]] = {
     "os.utime": ((0, 3),),
 }
 """Events of a change to the file system: which arguments are a path, and the folder it is from."""
+_FOLLOW_LINKS = ("open", "os.chmod", "os.chown", "os.truncate", "os.utime")
+"""Events that change what a link leads to; the others change the link itself."""
 _RUNS = ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "ctypes.dlopen")
 
 
@@ -59,7 +61,11 @@ class _Guard:
         if isinstance(path, int) or self.output is None:
             return
         start = Path.cwd() if folder == -1 else Path(f"/proc/self/fd/{folder}")
-        where = Path(os.path.realpath(start / os.fsdecode(path)))
+        named = start / os.fsdecode(path)
+        if event in _FOLLOW_LINKS:
+            where = Path(os.path.realpath(named))
+        else:
+            where = Path(os.path.realpath(named.parent)) / named.name
         if self.output != where and self.output not in where.parents:
             self.faults.append(f"{event} {where}")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nxdi_expertscale import report
+from nxdi_expertscale import pictures
 from nxdi_expertscale.checkpoint import inspect_checkpoint, quantize_checkpoint
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 from tests import checkpoints
@@ -85,24 +85,29 @@ class TestHeatMap:
         image = pytest.importorskip("matplotlib.image")
         result = inspect_checkpoint(checkpoints.save(tmp_path / "src"))
 
-        report.draw_heat_map(result, tmp_path / "map.png")
+        pictures.draw_heat_map(result, tmp_path / "map.png")
 
         pixels = image.imread(tmp_path / "map.png")[..., :3]
         colours = {tuple(pixel) for pixel in pixels[:: pixels.shape[0] // 50].reshape(-1, 3)}
         assert pixels.shape[1] > 1000
         assert sum(max(colour) - min(colour) > 0.2 for colour in colours) > checkpoints.EXPERTS / 2
 
-    def test_another_ending_is_refused(self, tmp_path: Path) -> None:
-        result = inspect_checkpoint(checkpoints.save(tmp_path / "src"))
+    @pytest.mark.parametrize(
+        ("file", "message"),
+        [("map.doc", r"has to end in \.png"), ("absent/map.png", "is not a folder")],
+    )
+    def test_file_that_cannot_be_drawn_is_refused(
+        self, tmp_path: Path, file: str, message: str
+    ) -> None:
+        pytest.importorskip("matplotlib")
 
-        with pytest.raises(ConfigurationError, match=r"has to end in \.png"):
-            report.draw_heat_map(result, tmp_path / "map.doc")
+        with pytest.raises(ConfigurationError, match=message):
+            pictures.check_file(tmp_path / file)
 
     def test_without_matplotlib_it_says_what_to_install(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        result = inspect_checkpoint(checkpoints.save(tmp_path / "src"))
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
 
         with pytest.raises(ConfigurationError, match=r"pip install 'nxdi-expertscale\[plot\]'"):
-            report.draw_heat_map(result, tmp_path / "map.png")
+            pictures.check_file(tmp_path / "map.png")
