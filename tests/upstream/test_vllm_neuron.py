@@ -17,17 +17,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests import readme
 from tests.upstream import models
 from tests.upstream.targets import Target, vllm_neuron
 
 pytestmark = pytest.mark.usefixtures("active", "one_rank")
 
-OVERRIDE: dict[str, Any] = {
-    "quantized": True,
-    "quantization_type": "per_channel_symmetric",
-    "quantization_dtype": "f8e4m3",
-    "expert_wise_scale": True,
-}
+OVERRIDE = readme.vllm_override()
 
 
 @pytest.fixture
