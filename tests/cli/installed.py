@@ -29,6 +29,12 @@ from tests.upstream import targets
 targets.all_targets()[os.environ["{TARGET_VARIABLE}"]].prepare()
 """
 
+_MEASURED = (
+    'import os; os.environ.get("COVERAGE_PROCESS_CONFIG") '
+    'and __import__("coverage").process_startup()'
+)
+"""Coverage's own path file is in the tests' environment alone."""
+
 
 class Environment:
     """A virtual environment of its own."""
@@ -48,7 +54,9 @@ class Environment:
     def add_dependencies(self) -> None:
         """Make what the tests can import importable, through path files read after ours."""
         paths = [path for path in sys.path if Path(path).name == "site-packages"]
-        (self.site_packages / "zz_dependencies.pth").write_text("\n".join([*paths, str(ROOT)]))
+        (self.site_packages / "zz_dependencies.pth").write_text(
+            "\n".join([*paths, str(ROOT), _MEASURED])
+        )
         (self.site_packages / "upstream_of_the_tests.py").write_text(_UPSTREAM)
         (self.site_packages / "zz_upstream.pth").write_text(
             f'import os; os.environ.get("{TARGET_VARIABLE}") '
