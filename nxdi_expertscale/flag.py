@@ -8,7 +8,7 @@ attributes that they have; one that is absent is a feature that this release has
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,6 +212,9 @@ def _check_logical_nc(neuron_config: Any, upstream: Upstream) -> None:
 
 def _cores(holder: Any) -> int:
     value = getattr(holder, "logical_nc_config", 2)
+    if isinstance(value, Mapping):
+        # A member of an enumeration, as NxDI's ``to_json_string`` writes it and does not read it.
+        value = value["_value_"]
     return int(getattr(value, "value", value))
 
 

@@ -304,6 +304,10 @@ def test_number_of_cores_may_be_an_enumerations() -> None:
     two = enum.Enum("LogicalNC", {"TWO": 2}).TWO  # type: ignore[attr-defined]
 
     check(neuron_config(logical_nc_config=two), upstream=DEVICE)
+    # As it comes back from NxDI's JSON.
+    check(neuron_config(logical_nc_config=dict(vars(two))), upstream=DEVICE)
+    with pytest.raises(ConfigurationError, match="needs logical_nc_config=2, not 1"):
+        check(neuron_config(logical_nc_config={"_value_": 1}), upstream=DEVICE)
 
 
 def test_family_is_known_by_model_type_or_by_the_module_of_the_config() -> None:

@@ -68,6 +68,8 @@ class BaseQuantizeParallelLinear(nn.Module):
         if self.quantization_type in _PER_CHANNEL:
             shape[self.output_axis] = self.weight.shape[self.output_axis]
         if self.quantization_type is QuantizationType.EXPERT_WISE_PER_CHANNEL_SYMMETRIC:
+            # The axis has a default in the experts' layers alone.
+            assert hasattr(self, "_n_local_experts"), "per_channel_axis cannot be None"
             shape[0] = self._n_local_experts
         self.scale = nn.Parameter(torch.ones(shape), requires_grad=False)
         cut = len(shape) > 1 and self.weight.partition_dim == self.output_axis

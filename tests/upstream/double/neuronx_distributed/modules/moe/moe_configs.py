@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from neuronx_distributed.modules.moe.blockwise import LogicalNCConfig
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -17,7 +19,7 @@ class BlockwiseMatmulConfig:
     def from_kwargs(**settings: Any) -> BlockwiseMatmulConfig:
         defaults = {
             "block_size": 512,
-            "logical_nc_config": 2,
+            "logical_nc_config": LogicalNCConfig.LNC_2,
             "use_torch_block_wise": False,
             "use_shard_on_intermediate_dynamic_while": False,
         }
