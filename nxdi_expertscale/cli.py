@@ -189,9 +189,11 @@ def demo(*, as_json: bool) -> None:
     if as_json:
         _say(report.to_json(result))
         return
-    picture = result.folder / "evaluation.png"
-    pictures.check_file(picture)
-    pictures.draw_evaluation(result.spread, picture)
+    picture = pictures.INSTALL
+    if pictures.can_be_drawn():
+        file = result.folder / "evaluation.png"
+        pictures.draw_evaluation(result.spread, file)
+        picture = str(file)
     _say(report.demo_summary(result, picture))
 
 

@@ -17,16 +17,22 @@ _FORMATS = (".png", ".pdf", ".svg")
 _ORIGINAL, _EXPERT_WISE, _AVERAGED = "tab:gray", "tab:blue", "tab:red"
 
 
+INSTALL = "needs matplotlib; install it with: pip install 'nxdi-expertscale[plot]'"
+
+
+def can_be_drawn() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def check_file(file: Path) -> None:
     """Check that a picture can be drawn into a file, before what it shows is computed.
 
     Raises:
         ConfigurationError: matplotlib is not installed, or cannot write such a file.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigurationError(
-            "--plot: needs matplotlib; install it with: pip install 'nxdi-expertscale[plot]'"
-        )
+    if not can_be_drawn():
+        raise ConfigurationError(f"--plot: {INSTALL}")
     if file.suffix.lower() not in _FORMATS:
         raise ConfigurationError(f"--plot: {file} has to end in .png, .pdf or .svg")
     if not file.absolute().parent.is_dir():

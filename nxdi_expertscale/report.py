@@ -152,8 +152,8 @@ def inspection_summary(result: Inspection) -> str:
     return f"{result.folder}\n{rendered(facts)}\n{rendered(table)}"
 
 
-def demo_summary(result: Demo, picture: Path) -> str:
-    """What the demo made and found, and what to type next."""
+def demo_summary(result: Demo, picture: str) -> str:
+    """What the demo made and found, its picture (or what that needs), and what to type next."""
     origin = "trained now" if result.trained else "trained by an earlier run"
     example = result.as_trained
     return "\n".join(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,16 @@ def test_demo_says_where_the_picture_is_and_what_to_type_next(tmp_path: Path) ->
     (picture,) = tmp_path.glob("nxdi-expertscale/demo-*/evaluation.png")
     assert str(picture) in result.stdout
     assert "nxdi-expertscale quantize MODEL MODEL-FP8" in result.stdout
+
+
+def test_without_matplotlib_it_says_what_a_picture_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+    result = CliRunner().invoke(cli, ["demo"], env={"COLUMNS": "250"})
+
+    assert result.exit_code == 0
+    assert "one per expert" in result.stdout
+    assert "pip install 'nxdi-expertscale[plot]'" in result.stdout
 
 
 def test_model_is_trained_once() -> None:

@@ -1,0 +1,1 @@
+"""Installations with other Pythons and other releases of torch; see ``tox -e packaging``."""
