@@ -24,8 +24,7 @@ from nxdi_expertscale.checkpoint.manifest import (
     read_file_record,
     read_manifest,
 )
-from nxdi_expertscale.checkpoint.source import INDEX
-from nxdi_expertscale.checkpoint.tensor_file import parse_json
+from nxdi_expertscale.checkpoint.source import INDEX, read_json
 from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
 
 WORK = ".nxdi-expertscale"
@@ -202,7 +201,7 @@ class Staging:
 
 
 def _parse_record(path: Path) -> ShardRecord:
-    value = parse_json(path.read_bytes(), str(path))
+    value = read_json(path.parent, path.name)
     try:
         digests = {
             name: bytes.fromhex(text).hex() for name, text in value["source_digests"].items()
