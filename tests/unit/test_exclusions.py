@@ -33,3 +33,44 @@ def test_one_expert_cannot_be_named() -> None:
 
 def test_a_lone_prefix_names_nothing() -> None:
     assert not QWEN3_MOE.excludes("lm_head", ["model."])
+
+
+EXPERT = "model.layers.1.mlp.experts.3.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("names", "excluded"),
+    [
+        (["layers.1.mlp.experts"], True),
+        (["layers.0.mlp.experts"], False),
+        (["layers.1.mlp.expert_mlps"], True),
+        (["mlp.experts"], True),
+        (["lm_head", "self_attn"], False),
+        ([], False),
+        (["gate_proj", "up_proj", "down_proj"], True),
+        (["mlp_op.gate_up_proj", "mlp_op.down_proj"], True),
+        (["gate_up_proj", "gate_proj", "up_proj", "down_proj"], True),
+    ],
+)
+def test_an_expert_is_decided_with_all_of_its_layer(names: list[str], excluded: bool) -> None:
+    assert QWEN3_MOE.excludes(EXPERT, names) is excluded
+    assert QWEN3_MOE.excludes_experts(1, names) is excluded
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (["lm_head", "down_proj"], "down_proj"),
+        (["mlp_op.gate_up_proj"], "mlp_op.gate_up_proj"),
+        (["layers.1.mlp.experts.3"], "layers.1.mlp.experts.3"),
+        (["gate_proj", "up_proj"], "gate_proj"),
+    ],
+)
+def test_a_part_of_what_is_fused_is_refused_with_what_to_name(
+    names: list[str], refused: str
+) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        QWEN3_MOE.excludes(EXPERT, names)
+
+    assert f"modules_to_not_convert: {refused!r} names a part" in str(error.value)
+    assert str(error.value).endswith("name all experts of the layer: 'layers.1.mlp.experts'")

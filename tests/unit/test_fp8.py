@@ -98,3 +98,37 @@ def test_scales_of_blocks_hold_to_the_edge(columns: int) -> None:
     found = fp8.scale_blocks_(torch.ones(2, columns), scale, 4)
 
     assert torch.equal(found, scale.repeat_interleave(4, dim=1)[:, :columns])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_are_those_of_the_weight_in_float32(dtype: torch.dtype) -> None:
+    weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+    quantized, scale = fp8.quantize_per_channel(weight)
+
+    expected, expected_scale = fp8.quantize_per_channel(weight.float())
+    assert torch.equal(quantized.view(torch.uint8), expected.view(torch.uint8))
+    assert scale.dtype == torch.float32
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(fp8.scale_per_channel(weight), expected_scale)
+
+
+def test_scratch_that_is_given_is_worked_in() -> None:
+    scratch = torch.zeros(4, 6)
+
+    quantized, _ = fp8.quantize_per_channel(torch.ones(4, 6), scratch=scratch)
+
+    assert torch.allclose(scratch, torch.full((4, 6), 240.0))
+    assert torch.equal(quantized.float(), torch.full((4, 6), 240.0))
+
+
+def test_dequantized_values_are_float32_whatever_the_scale_is() -> None:
+    values = fp8.dequantize(byte(0x38)[1:], torch.tensor(0.5, dtype=torch.float64))
+
+    assert (values.dtype, values.item()) == (torch.float32, 0.5)
+
+
+def test_range_of_one_value_and_of_none() -> None:
+    assert fp8.exceeds_range(byte(0x7E)[1:])
+    assert not fp8.exceeds_range(byte(0x77)[1:])
+    assert not fp8.exceeds_range(torch.empty(0, dtype=torch.float8_e4m3fn))

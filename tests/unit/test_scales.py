@@ -118,7 +118,28 @@ def test_width_that_is_no_padding_is_refused(width: int, parts: int) -> None:
 
 
 def test_spread_is_largest_over_smallest_of_each_channel() -> None:
-    values = torch.tensor([[[1.0, 2.0, 1.0]], [[4.0, 1.0, 1.0]], [[2.0, 1.5, 1.0]]])
+    values = torch.tensor([[[0.5, 4.0, 2.0]], [[2.0, 2.0, 2.0]], [[1.0, 3.0, 2.0]]])
 
     assert scales.spread(values) == scales.Spread(median=2.0, largest=4.0)
     assert scales.spread(torch.ones(3, 1, 5)) == scales.Spread(median=1.0, largest=1.0)
+
+
+def test_average_of_one_expert_is_its_own_scale() -> None:
+    assert scales.average(torch.tensor([[[0.5, 2.0]]])).tolist() == [[[0.5, 2.0]]]
+
+
+def test_experts_are_compared_with_their_average_by_the_median_channel() -> None:
+    values = torch.tensor([[[1.0, 2.0, 9.0]], [[3.0, 6.0, 9.0]]])
+
+    assert scales.relative_to_average(values).tolist() == [0.5, 1.5]
+
+
+def test_error_of_the_average_is_weighed_by_energy() -> None:
+    values = torch.tensor([[[1.0, 5.0]], [[3.0, 5.0]]])
+    energy = torch.tensor([[[4.0, 3.0]], [[9.0, 0.0]]])
+
+    # The average of the first channel is 2: twice the one scale, and two thirds of the other.
+    expected = ((4 * 1.0**2 + 9 * (1 / 3) ** 2) / 16) ** 0.5
+    assert scales.error_of_average(values, energy) == pytest.approx(expected)
+    assert scales.error_of_average(values, torch.zeros(2, 1, 2)) == 0.0
+    assert scales.error_of_average(values, energy * 1e-30) == pytest.approx(expected)
