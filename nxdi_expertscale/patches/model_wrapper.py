@@ -103,6 +103,7 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
         skipped = [*excluded, *_all_paths(model, kept), *family.full_precision]
         if not flag.is_on(neuron_config):
             return _call(wrapped, call, modules_to_not_convert=skipped or None)
+        _refuse_second_experts_at_two_paths(model, experts)
         quantized = _all_paths(model, [name for name in experts if name not in kept])
         return _convert_in_two_passes(wrapped, call, skipped, quantized)
 
@@ -169,6 +170,25 @@ def _all_paths(model: Any, names: Sequence[str]) -> list[str]:
     wanted = {id(model.get_submodule(name)) for name in names}
     modules = model.named_modules(remove_duplicate=False)
     return [name for name, module in modules if id(module) in wanted]
+
+
+def _refuse_second_experts_at_two_paths(model: Any, experts: Sequence[str]) -> None:
+    """Make sure that hybrid sharding and fused token generation do not meet.
+
+    NxD's fused token generation has the experts at a second path, at which nothing is to be loaded.
+    It says so to ``mlp_op`` (``modules/moe/moe_fused_tkg.py``, the hook after quantization), and
+    not to hybrid sharding's ``mlp_op_tkg``, which it does not compute with either.
+
+    Raises:
+        ConfigurationError: They do: NxD could not load the model.
+    """
+    second = [name for name in experts if ".mlp_op_tkg." in name]
+    if len(_all_paths(model, second)) > len(second):
+        raise ConfigurationError(
+            "hybrid_sharding_config: NxD cannot load quantized experts both for hybrid sharding "
+            f"and for fused token generation, and this model has {second[0]} for both; remove "
+            "hybrid_sharding_config, or moe_fused_nki_kernel_enabled where it is set"
+        )
 
 
 def _check_dtype(neuron_config: Any, q_config: dict[str, Any]) -> None:

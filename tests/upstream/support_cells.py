@@ -44,7 +44,8 @@ HYBRID = {
     "moe_tkg_tp_degree": SPREAD.tensor,
     "moe_tkg_ep_degree": SPREAD.expert,
 }
-BLOCKS = {"block_size": 16, "use_torch_block_wise": True}
+# Contexts are no whole number of blocks: NxD 0.15 would divide them with a kernel of the device.
+BLOCKS = {"block_size": 5, "use_torch_block_wise": True}
 
 
 @pytest.fixture(scope="session", params=SAVE)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from nxdi_expertscale import quantize_checkpoint
 from nxdi_expertscale.errors import ConfigurationError
 from tests.upstream import expert_groups, models, processes
 from tests.upstream.targets import Target
@@ -113,3 +114,24 @@ def test_degree_of_token_generation_is_the_one_that_counts(
 
     with pytest.raises(ConfigurationError, match="token generation with 3 x 1 tokens"):
         nxdi.inference_config(moe, **asked)
+
+
+def test_fused_token_generation_beside_it_is_refused(
+    nxdi: Any, target: Target, tmp_path: Path
+) -> None:
+    """NxDI builds Llama 4 with both, and NxD cannot load quantized experts then."""
+    if target.is_double:
+        pytest.skip("the double has one rank")
+    if target.version < (0, 6):
+        pytest.skip("this release has no hybrid sharding")
+    llama = models.save_llama4(tmp_path / "llama")
+    quantize_checkpoint(llama, tmp_path / "fp8")
+    asked = {
+        **nxdi.FP8,
+        "quantized_checkpoints_path": str(tmp_path / "fp8"),
+        **SETTINGS,
+        "batch_size": models.EXPERTS,
+    }
+
+    with pytest.raises(ConfigurationError, match="hybrid sharding and for fused token generation"):
+        processes.run_on_ranks(target, RANKS, tmp_path / "store", load_and_run, llama, asked)
