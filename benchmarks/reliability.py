@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ class Outcome:
     messages: Counter[str] = field(default_factory=Counter)
 
 
-def run_command(src: Path, dst: Path, prepare: Callable[..., None], *arguments: Any) -> None:
+def run_command(
+    begun: Event, src: Path, dst: Path, prepare: Callable[..., None], *arguments: Any
+) -> None:
     """A run in a process of its own: disturbed from within by ``prepare``."""
     errors = os.open(dst.parent / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(errors, 2)
@@ -104,21 +107,30 @@ def run_command(src: Path, dst: Path, prepare: Callable[..., None], *arguments: 
     from nxdi_expertscale import checkpoint
 
     checkpoint.quantize_checkpoint = in_small_files
+    commands = cli.cli.main
+
+    def main(*places: Any, **settings: Any) -> Any:
+        begun.set()
+        return commands(*places, **settings)
+
+    cli.cli.main = main  # type: ignore[method-assign]
     prepare(*arguments)
     cli.main([*OURS, str(src), str(dst)])
 
 
-def started(ground: Ground, prepare: Callable[..., None], *arguments: Any) -> Any:
+def started(ground: Ground, prepare: Callable[..., None], *arguments: Any) -> tuple[Any, Event]:
+    """The process of a run, and what it sets when the command begins."""
     context = multiprocessing.get_context("forkserver")
+    begun = context.Event()
     process = context.Process(
-        target=run_command, args=(ground.src, ground.dst, prepare, *arguments)
+        target=run_command, args=(begun, ground.src, ground.dst, prepare, *arguments)
     )
     process.start()
-    return process
+    return process, begun
 
 
 def finished(ground: Ground, prepare: Callable[..., None], *arguments: Any) -> int:
-    process = started(ground, prepare, *arguments)
+    process, _ = started(ground, prepare, *arguments)
     process.join()
     return int(process.exitcode)
 
@@ -158,7 +170,8 @@ def with_a_jumping_clock(seed: int) -> None:
 
 def by_signal(number: signal.Signals) -> Callable[[Ground], int]:
     def disturb(ground: Ground) -> int:
-        process = started(ground, nothing)
+        process, begun = started(ground, nothing)
+        begun.wait()
         process.join(ground.chance.uniform(0, ground.longest))
         if process.exitcode is None:
             os.kill(process.pid, number)
@@ -189,11 +202,12 @@ def on_a_full_disk(ground: Ground) -> int:
             shutil.copytree(ground.dst, disk / "dst")
         copy = Ground(ground.folder / "disk", ground.chance, ground.right, ground.older, 0)
         (disk / "src").symlink_to(ground.src)
+        # The message has room.
+        (disk / "stderr").symlink_to(ground.folder / "stderr")
         status = finished(copy, _no_look_at_space)
         shutil.rmtree(ground.dst, ignore_errors=True)
         if (disk / "dst").exists():
             shutil.copytree(disk / "dst", ground.dst)
-        shutil.copy(disk / "stderr", ground.folder / "stderr")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     return status

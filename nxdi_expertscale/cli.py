@@ -18,6 +18,9 @@ ANSWER_IS_NO = 1
 BAD_REQUEST = 2
 INTERRUPTED = 130
 
+PATH = click.Path(path_type=Path, readable=False)
+"""A file or folder; what may not be read is said in one line when it is."""
+
 _LONGEST_MESSAGE = 2000
 
 
@@ -28,8 +31,8 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("src", type=click.Path(path_type=Path))
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
 @click.option(
     "--modules-to-not-convert",
     "exclusions",
@@ -86,8 +89,8 @@ def doctor(*, as_json: bool) -> int:
 
 
 @cli.command()
-@click.argument("dst", type=click.Path(path_type=Path))
-@click.option("--against", metavar="SRC", type=click.Path(path_type=Path), help="Its source.")
+@click.argument("dst", type=PATH)
+@click.option("--against", metavar="SRC", type=PATH, help="Its source.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; by default one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Print what is found as JSON.")
 def verify(*, dst: Path, against: Path | None, workers: int | None, as_json: bool) -> int:
@@ -105,8 +108,8 @@ def verify(*, dst: Path, against: Path | None, workers: int | None, as_json: boo
 
 
 @cli.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--plot", metavar="FILE.png", type=click.Path(path_type=Path), help="Draw it too.")
+@click.argument("checkpoint", type=PATH)
+@click.option("--plot", metavar="FILE.png", type=PATH, help="Draw it too.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; by default one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Print what is found as JSON.")
 def inspect(*, checkpoint: Path, plot: Path | None, workers: int | None, as_json: bool) -> None:
@@ -124,7 +127,7 @@ def inspect(*, checkpoint: Path, plot: Path | None, workers: int | None, as_json
 
 
 @cli.command("neuron-config")
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("dst", type=PATH)
 @click.option("--tp-degree", type=click.IntRange(min=1), help="Tensor parallel degree.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Batch size.")
 @click.option("--seq-len", type=click.IntRange(min=1), help="Longest sequence, in tokens.")
@@ -140,11 +143,9 @@ def neuron_config(
 
 
 @cli.command()
-@click.argument("src", type=click.Path(path_type=Path))
-@click.argument("dst", type=click.Path(path_type=Path))
-@click.option(
-    "--text", type=click.Path(path_type=Path), help="By default Python's own documentation."
-)
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
+@click.option("--text", type=PATH, help="By default Python's own documentation.")
 @click.option(
     "--tokens",
     type=click.IntRange(min=1),
@@ -152,7 +153,7 @@ def neuron_config(
     show_default=True,
     help="How many tokens of the text to predict.",
 )
-@click.option("--plot", metavar="FILE.png", type=click.Path(path_type=Path), help="Draw it too.")
+@click.option("--plot", metavar="FILE.png", type=PATH, help="Draw it too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def evaluate(
     *, src: Path, dst: Path, text: Path | None, tokens: int, plot: Path | None, as_json: bool

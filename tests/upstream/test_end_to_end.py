@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from nxdi_expertscale.errors import ConfigurationError
 from tests.upstream import models
 from tests.upstream.targets import Target
 
@@ -155,6 +156,20 @@ def test_nxdis_own_exclusion_of_one_layers_experts_holds(
 
     assert first < ROUNDING
     assert second > ROUNDING
+
+
+def test_exclusion_that_meets_a_modules_name_by_chance_is_refused(
+    nxdi: Any, moe: Path, fp8: dict[str, Any]
+) -> None:
+    """NxD leaves every module alone whose path contains it, quantized in the checkpoint or not."""
+    excluded = [nxdi.ROUTER, "gate_up"]
+
+    with pytest.raises(ConfigurationError) as refused:
+        nxdi.load(moe, **{**fp8, "modules_to_not_convert": excluded}, expert_wise_scale=False)
+
+    assert "mlp_op.gate_up_proj unquantized, because one of" in str(refused.value)
+    assert "'gate_up'] is a part of its name" in str(refused.value)
+    assert "name the modules more fully" in str(refused.value)
 
 
 def test_all_experts_stay_in_full_precision(nxdi: Any, moe: Path, tmp_path: Path) -> None:
