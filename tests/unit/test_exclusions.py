@@ -48,7 +48,7 @@ EXPERT = "model.layers.1.mlp.experts.3.up_proj"
         (["lm_head", "self_attn"], False),
         ([], False),
         (["gate_proj", "up_proj", "down_proj"], True),
-        (["mlp_op.gate_up_proj", "mlp_op.down_proj"], True),
+        (["mlp_op.gate_up_proj", "expert_mlps.mlp_op.down_proj"], True),
         (["gate_up_proj", "gate_proj", "up_proj", "down_proj"], True),
     ],
 )

@@ -221,6 +221,7 @@ def test_fused_weight_is_known_padded_or_not(pad: int, fused: str) -> None:
         "not transposed": lambda weight: weight.mT,
         "an odd width": lambda weight: weight[:, :, :-1],
         "cut": lambda weight: weight[:, :-1],
+        "another first expert": lambda weight: torch.cat([weight[1:2], weight[1:]]),
         "another last expert": lambda weight: torch.cat([weight[:-1], weight[:1]]),
     }.items(),
     ids=lambda change: change[0],

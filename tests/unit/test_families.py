@@ -178,3 +178,34 @@ def test_every_built_in_family_is_of_another_name_and_type() -> None:
 
     assert len(kinds) == len(set(kinds))
     assert len({family.name for family in BUILT_IN}) == len(BUILT_IN)
+
+
+def test_stacked_experts_are_named_by_their_layer() -> None:
+    key = QWEN3_MOE.stacked_key(3, "gate_up_proj")
+
+    assert key == "layers.3.mlp.experts.gate_up_proj"
+    assert QWEN3_MOE.parse_stacked_key(f"model.{key}") == (3, "gate_up_proj")
+    assert MIXTRAL.stacked is None
+    assert MIXTRAL.parse_stacked_key("layers.3.block_sparse_moe.experts.gate_up_proj") is None
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({"tie_word_embeddings": True}, True),
+        ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({"tie_word_embeddings": False}, False),
+        ({"tie_word_embeddings": 1}, False),
+        ({}, False),
+    ],
+)
+def test_embeddings_are_tied_where_the_config_says_so(config: dict[str, Any], tied: bool) -> None:
+    assert families.ties_embeddings(config) is tied
+
+
+def test_unsupported_model_without_a_type_is_known_by_its_module() -> None:
+    module = "neuronx_distributed_inference.models.dbrx.modeling_dbrx"
+
+    assert "DBRX" in str(families.why_unsupported(None, [module]))
+    assert families.why_unsupported("qwen3_moe", [module]) is None
+    assert families.why_unsupported(None, ["another"]) is None

@@ -123,7 +123,7 @@ def test_scratch_that_is_given_is_worked_in() -> None:
 
 
 def test_dequantized_values_are_float32_whatever_the_scale_is() -> None:
-    values = fp8.dequantize(byte(0x38)[1:], torch.tensor(0.5, dtype=torch.float64))
+    values = fp8.dequantize(byte(0x38)[1:], torch.tensor([0.5], dtype=torch.float64))
 
     assert (values.dtype, values.item()) == (torch.float32, 0.5)
 
