@@ -243,3 +243,18 @@ def test_weight_of_another_dtype_is_told() -> None:
     weight = fused_weights(tensors)["gate_up_proj"]
 
     assert not collect(tensors).describe("gate_up_proj", weight.to(torch.bfloat16))
+
+
+def test_where_some_inputs_are_compared_every_channel_is_and_none_may_be_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(expert_scales, "_COMPARED_INPUTS", 2)
+    tensors = layer_of(QWEN3_MOE)
+    found = collect(tensors)
+    weight = fused_weights(tensors)["gate_up_proj"].view(torch.uint8)
+    swapped = weight.clone()
+    swapped[:, :, [0, 1]] = weight[:, :, [1, 0]]
+
+    assert found.describe("gate_up_proj", weight.view(torch.float8_e4m3fn))
+    for changed in (weight[:, :-1].contiguous(), swapped):
+        assert not found.describe("gate_up_proj", changed.view(torch.float8_e4m3fn))
