@@ -16,7 +16,7 @@ from nxdi_expertscale import fp8
 from nxdi_expertscale.checkpoint.manifest import FileRecord, Manifest, file_record, read_manifest
 from nxdi_expertscale.checkpoint.model import open_model
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores, for_each
-from nxdi_expertscale.checkpoint.pieces import row_ranges
+from nxdi_expertscale.checkpoint.pieces import as_rows, row_ranges
 from nxdi_expertscale.checkpoint.plan import effective_exclusions
 from nxdi_expertscale.checkpoint.provenance import mismatch_of
 from nxdi_expertscale.checkpoint.source import Checkpoint, TensorReader, checked_file
@@ -310,4 +310,4 @@ def _pieces(weights: Iterable[Weight]) -> Iterator[tuple[Weight, range]]:
 
 
 def _nbytes(weight: Weight, rows: range) -> int:
-    return weight.tensor.nbytes * len(rows) // max(1, weight.tensor.shape[0])
+    return weight.tensor.nbytes * len(rows) // as_rows(weight.tensor.shape)[0]
