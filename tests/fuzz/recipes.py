@@ -84,7 +84,8 @@ def _link(path: Path, target: str) -> None:
 
 def _copy(path: Path, name: str) -> None:
     if (path.parent / name).parent == path.parent:
-        (path.parent / name).write_bytes(path.read_bytes()[: 1 << 20])
+        with path.open("rb") as file:
+            (path.parent / name).write_bytes(file.read(1 << 20))
 
 
 def _set(path: Path, place: list[Any], value: Any) -> None:
