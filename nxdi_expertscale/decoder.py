@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from nxdi_expertscale.checkpoint.sizes import layers_in, size_in
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families import MoEFamily
 
@@ -24,9 +25,6 @@ Weights = Callable[[str], torch.Tensor]
 EMBEDDINGS = "embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 FINAL_NORM = "norm.weight"
-
-_MAX_LAYERS = 1 << 16
-"""More than any model has."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +145,11 @@ def read_architecture(config: Mapping[str, Any], family: MoEFamily, where: str) 
             f"{where}: does not say how many experts a layer has, how wide they are, and how "
             "many of them a token goes through; download it again"
         )
-    layers = _size(config, "num_hidden_layers", where, most=_MAX_LAYERS)
-    hidden, heads = (_size(config, name, where) for name in ("hidden_size", "num_attention_heads"))
-    step = _size(config, "decoder_sparse_step", where, default=1)
+    layers = layers_in(config, where)
+    hidden, heads = (
+        size_in(config, name, where) for name in ("hidden_size", "num_attention_heads")
+    )
+    step = size_in(config, "decoder_sparse_step", where, default=1)
     plain = config.get("mlp_only_layers") or []
     if not isinstance(plain, list):
         raise CheckpointError(f"{where}: mlp_only_layers is {plain!r}; download it again")
@@ -159,37 +159,21 @@ def read_architecture(config: Mapping[str, Any], family: MoEFamily, where: str) 
         layers=layers,
         dense_layers=frozenset(dense & set(range(layers))),
         hidden_size=hidden,
-        vocabulary=_size(config, "vocab_size", where),
+        vocabulary=size_in(config, "vocab_size", where),
         heads=heads,
-        key_value_heads=_size(config, "num_key_value_heads", where, default=heads),
-        head_size=_size(config, "head_dim", where, default=hidden // heads),
+        key_value_heads=size_in(config, "num_key_value_heads", where, default=heads),
+        head_size=size_in(config, "head_dim", where, default=hidden // heads),
         head_norm=traits.head_norm,
         attention_bias=bool(config.get("attention_bias", False)),
         experts=experts,
         expert_size=inner,
-        dense_size=_size(config, "intermediate_size", where) if dense else 0,
+        dense_size=size_in(config, "intermediate_size", where) if dense else 0,
         experts_per_token=per_token,
         normalizes_top_k=bool(config.get("norm_topk_prob", traits.normalizes_top_k)),
         epsilon=_number(config, "rms_norm_eps", where),
         rope_theta=_number(rope if rope.get("rope_theta") else config, "rope_theta", where),
         tied=bool(config.get("tie_word_embeddings", False)),
     )
-
-
-def _size(
-    config: Mapping[str, Any],
-    name: str,
-    where: str,
-    *,
-    default: int | None = None,
-    most: int = (1 << 31) - 1,
-) -> int:
-    value = config.get(name) or default
-    if value is None:
-        raise CheckpointError(f"{where}: has no {name}; download it again")
-    if type(value) is not int or not 0 < value <= most:
-        raise CheckpointError(f"{where}: {name} is {value!r}, not a size; download it again")
-    return value
 
 
 def _number(config: Mapping[str, Any], name: str, where: str) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 
 from nxdi_expertscale.checkpoint.manifest import read_manifest
 from nxdi_expertscale.checkpoint.plan import effective_exclusions
+from nxdi_expertscale.checkpoint.sizes import layers_in
 from nxdi_expertscale.checkpoint.source import CONFIG, read_json
-from nxdi_expertscale.checkpoint.tensors import layers_in
 from nxdi_expertscale.families import language_config, require_family
 from nxdi_expertscale.plugins import known_families
 

@@ -7,12 +7,12 @@ FP8 with a scale for each channel or tensor, as compressed-tensors writes it (``
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nxdi_expertscale.checkpoint.pieces import as_rows
+from nxdi_expertscale.checkpoint.sizes import MAX_LAYERS, layers_in, size_in
 from nxdi_expertscale.checkpoint.source import CONFIG, Checkpoint
 from nxdi_expertscale.checkpoint.tensor_file import StoredTensor
 from nxdi_expertscale.errors import CheckpointError
@@ -37,9 +37,6 @@ BLOCK_SCALE_SUFFIX = "weight_scale_inv"
 
 MAX_COLUMNS = 1 << 22
 """More inputs than any linear layer has; a row is read as a whole, so it bounds memory."""
-
-MAX_LAYERS = 1 << 16
-"""More layers, and more experts in each, than any model has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,32 +325,6 @@ def _is_dense(checkpoint: Checkpoint, family: MoEFamily, layer: int) -> bool:
         for projection in family.projections
         for path in family.paths(f"{block}.{projection}.weight")
     )
-
-
-def layers_in(config: Mapping[str, Any], where: Path) -> int:
-    """The number of layers that a model's config has to hold.
-
-    Raises:
-        CheckpointError: It does not, or it is more than any model has.
-    """
-    layers = size_in(config, "num_hidden_layers", where)
-    if layers > MAX_LAYERS:
-        raise CheckpointError(
-            f"{where}: num_hidden_layers is {layers}, more than any model has; download it again"
-        )
-    return layers
-
-
-def size_in(config: Mapping[str, Any], name: str, where: Path) -> int:
-    """A size that a model's config has to hold.
-
-    Raises:
-        CheckpointError: It does not.
-    """
-    value = config.get(name)
-    if type(value) is not int or not 0 < value < 1 << 31:
-        raise CheckpointError(f"{where}: {name} is {value!r}, not a size; download it again")
-    return value
 
 
 def _expect_tensor(
