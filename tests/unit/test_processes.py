@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+Run = Callable[..., list[str]]
 
 CONFIG = """
 class NeuronConfig:
@@ -35,7 +38,7 @@ def is_patched():
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> object:
+def run(tmp_path: Path) -> Run:
     """Run a program that finds a small NxDI; what it prints is given back."""
     package = tmp_path / "neuronx_distributed_inference" / "models"
     package.mkdir(parents=True)
@@ -61,8 +64,8 @@ def run(tmp_path: Path) -> object:
     return run
 
 
-def test_forked_child_is_patched_and_undoes_its_own_patches_alone(run: object) -> None:
-    assert run(  # type: ignore[operator]
+def test_forked_child_is_patched_and_undoes_its_own_patches_alone(run: Run) -> None:
+    assert run(
         """
         import os
         from helpers import is_patched, nxdi_expertscale
@@ -79,8 +82,8 @@ def test_forked_child_is_patched_and_undoes_its_own_patches_alone(run: object) -
     ) == ["child:True:False", "parent:True"]
 
 
-def test_fork_while_other_threads_activate_does_not_hang_the_child(run: object) -> None:
-    assert run(  # type: ignore[operator]
+def test_fork_while_other_threads_activate_does_not_hang_the_child(run: Run) -> None:
+    assert run(
         """
         import os, signal, threading
         from helpers import is_patched, nxdi_expertscale
@@ -112,14 +115,14 @@ def test_fork_while_other_threads_activate_does_not_hang_the_child(run: object) 
     ) == ["True"]
 
 
-def test_configs_classes_and_patched_functions_reach_a_spawned_child(run: object) -> None:
-    assert run(  # type: ignore[operator]
+def test_configs_classes_and_patched_functions_reach_a_spawned_child(run: Run) -> None:
+    assert run(
         """
         import multiprocessing, sys
 
         def child(config, kind, function):
             # Nothing here has imported us: a patched function is that of upstream.
-            print("nxdi_expertscale" in sys.modules, config.quantized, end=":")
+            print("nxdi_expertscale" in sys.modules, config.quantized, sep=":", end=":")
             print(kind().quantized, hasattr(function, "__wrapped__"), sep=":", flush=True)
 
         if __name__ == "__main__":
@@ -129,12 +132,12 @@ def test_configs_classes_and_patched_functions_reach_a_spawned_child(run: object
             process = multiprocessing.get_context("spawn").Process(target=child, args=arguments)
             process.start()
             process.join()
-        """.replace(', end=":"', ', sep=":", end=":"')
+        """
     ) == ["False:True:False:False"]
 
 
-def test_every_rank_of_torchrun_is_patched(run: object) -> None:
-    assert run(  # type: ignore[operator]
+def test_every_rank_of_torchrun_is_patched(run: Run) -> None:
+    assert run(
         """
         import os
         from helpers import is_patched
