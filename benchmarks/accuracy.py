@@ -33,13 +33,14 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks import through_nxdi
 from benchmarks.lm_eval_task import TASKS, write_tasks, write_tokenizer
-from nxdi_expertscale import decoder, report, scales, small_model
+from nxdi_expertscale import decoder, report, small_model
 from nxdi_expertscale.checkpoint import quantize_checkpoint
 from nxdi_expertscale.checkpoint.model import open_model
 from nxdi_expertscale.checkpoint.source import CONFIG
 from nxdi_expertscale.checkpoint.weights import StoredWeights, with_averaged_scales
 from nxdi_expertscale.evaluation import Evaluation, evaluate_checkpoint
 from nxdi_expertscale.families import QWEN3_MOE
+from nxdi_expertscale.numerics import scales
 from tests.upstream import targets
 
 MODEL = small_model.qwen3_moe_config(hidden_size=128, moe_intermediate_size=128)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from nxdi_expertscale import fp8, scales
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.numerics import fp8, scales
 
 StateDict = Mapping[str, torch.Tensor]
 

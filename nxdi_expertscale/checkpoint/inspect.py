@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from nxdi_expertscale import fp8, scales
 from nxdi_expertscale.checkpoint.manifest import MANIFEST, read_manifest
 from nxdi_expertscale.checkpoint.model import open_model
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores, for_each
@@ -24,6 +23,7 @@ from nxdi_expertscale.checkpoint.tensors import (
 )
 from nxdi_expertscale.checkpoint.values import ValueReader
 from nxdi_expertscale.families import ExpertTensor
+from nxdi_expertscale.numerics import fp8, scales
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 
-from nxdi_expertscale import fp8
 from nxdi_expertscale.checkpoint import digests
 from nxdi_expertscale.checkpoint.manifest import SourceRecord, file_record
 from nxdi_expertscale.checkpoint.parallel import Meter, for_each
@@ -26,6 +25,7 @@ from nxdi_expertscale.checkpoint.provenance import digest_tensor
 from nxdi_expertscale.checkpoint.source import Checkpoint, TensorReader
 from nxdi_expertscale.checkpoint.staging import ShardRecord, Staging
 from nxdi_expertscale.checkpoint.values import TORCH_DTYPES, ValueReader, as_bytes
+from nxdi_expertscale.numerics import fp8
 from nxdi_expertscale.version import __version__
 
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nxdi_expertscale import fp8
 from nxdi_expertscale.checkpoint.pieces import as_rows
 from nxdi_expertscale.checkpoint.source import Checkpoint, TensorReader
 from nxdi_expertscale.checkpoint.tensor_file import StoredTensor
 from nxdi_expertscale.checkpoint.tensors import FP8, BlockScale, Weight
 from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.numerics import fp8
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from nxdi_expertscale import fp8
 from nxdi_expertscale.checkpoint.manifest import FileRecord, Manifest, file_record, read_manifest
 from nxdi_expertscale.checkpoint.model import open_model
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores, for_each
@@ -24,6 +23,7 @@ from nxdi_expertscale.checkpoint.tensors import Weight, check_architecture, read
 from nxdi_expertscale.checkpoint.values import TORCH_DTYPES, ValueReader
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.numerics import fp8
 
 OUTSIDE_LAYERS = "head"
 """What stands for a layer where a tensor belongs to none."""

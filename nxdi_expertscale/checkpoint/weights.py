@@ -8,7 +8,6 @@ from types import TracebackType
 
 import torch
 
-from nxdi_expertscale import fp8, scales
 from nxdi_expertscale.checkpoint.pieces import as_rows
 from nxdi_expertscale.checkpoint.source import Checkpoint, TensorReader
 from nxdi_expertscale.checkpoint.tensors import Weight, check_architecture, read_weights
@@ -16,6 +15,7 @@ from nxdi_expertscale.checkpoint.values import ValueReader
 from nxdi_expertscale.decoder import Architecture, Weights
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.numerics import fp8, scales
 
 _PREFIX = "model."
 _MAKE_IT = "make the checkpoint with 'nxdi-expertscale quantize'"

@@ -167,7 +167,7 @@ def put_in_scales(
     Raises:
         IncompatibleUpstreamError: Upstream did not fuse the weights as it is known to.
     """
-    from nxdi_expertscale import scales
+    from nxdi_expertscale.numerics import scales
 
     expert_wise = flag.fuses_expert_wise(neuron_config)
     if layers and not expert_wise:
@@ -201,7 +201,7 @@ def put_in_scales(
 
 def _refuse_lost_scales(converted: Mapping[str, torch.Tensor], family: MoEFamily) -> None:
     """Make sure that no quantized weight has lost its scale, without which it means nothing."""
-    from nxdi_expertscale import fp8
+    from nxdi_expertscale.numerics import fp8
 
     for key, weight in converted.items():
         path, _, suffix = key.rpartition(".")
@@ -223,7 +223,7 @@ def _generation_key(key: str) -> str:
 
 
 def _warn_of_averaging(layers: Sequence[LayerScales]) -> None:
-    from nxdi_expertscale import scales
+    from nxdi_expertscale.numerics import scales
 
     spreads = [scales.spread(scale) for layer in layers for scale in layer.fused.values()]
     largest = max(spread.largest for spread in spreads)
@@ -244,7 +244,7 @@ def _check_against_config(
     neuron_config: Any,
     family: MoEFamily,
 ) -> None:
-    from nxdi_expertscale import fp8
+    from nxdi_expertscale.numerics import fp8
 
     excluded = flag.exclusions(neuron_config)
     for layer in layers:
@@ -288,7 +288,7 @@ def _dequantized_routers(
     state_dict: dict[str, torch.Tensor], config: Any, family: MoEFamily
 ) -> dict[str, torch.Tensor]:
     """The routers that a checkpoint has quantized, in the model's own dtype, by their names."""
-    from nxdi_expertscale import fp8, scales
+    from nxdi_expertscale.numerics import fp8, scales
 
     routers = {}
     for layer in range(config.num_hidden_layers):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nxdi_expertscale import fp8
+from nxdi_expertscale.numerics import fp8
 
 
 def byte(value: int) -> torch.Tensor:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from nxdi_expertscale import fp8
 from nxdi_expertscale.checkpoint import pieces, quantize, quantize_checkpoint
 from nxdi_expertscale.checkpoint.staging import WORK, Staging
 from nxdi_expertscale.checkpoint.stream import _OpenShard
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
+from nxdi_expertscale.numerics import fp8
 from tests import checkpoints
 
 INDEX = "model.safetensors.index.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nxdi_expertscale import scales
+from nxdi_expertscale.numerics import scales
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from nxdi_expertscale import fp8
 from nxdi_expertscale.errors import ConfigurationError
+from nxdi_expertscale.numerics import fp8
 from tests.upstream import models
 from tests.upstream.targets import Target
 

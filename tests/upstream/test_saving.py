@@ -238,7 +238,7 @@ def test_deactivation_gives_back_the_same_class_method(nxdi: Any, moe: Path) -> 
 @pytest.fixture
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each weight whose range is looked at."""
-    from nxdi_expertscale import fp8
+    from nxdi_expertscale.numerics import fp8
 
     looks: list[int] = []
     exceeds_range = fp8.exceeds_range

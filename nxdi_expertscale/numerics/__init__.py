@@ -1,0 +1,1 @@
+"""Pure functions on tensors, the only arithmetic on scales. Imports torch alone."""
