@@ -39,7 +39,7 @@ from nxdi_expertscale.checkpoint.model import open_model
 from nxdi_expertscale.checkpoint.source import CONFIG
 from nxdi_expertscale.checkpoint.weights import StoredWeights, with_averaged_scales
 from nxdi_expertscale.evaluation import Evaluation, evaluate_checkpoint
-from nxdi_expertscale.families import QWEN3_MOE
+from nxdi_expertscale.families.declaration import QWEN3_MOE
 from nxdi_expertscale.numerics import scales
 from tests.upstream import targets
 

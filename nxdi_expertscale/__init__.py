@@ -15,7 +15,7 @@ from nxdi_expertscale.errors import (
     ExpertScaleError,
     IncompatibleUpstreamError,
 )
-from nxdi_expertscale.families import MoEFamily, Stacking
+from nxdi_expertscale.families.declaration import MoEFamily, Stacking
 from nxdi_expertscale.hookspecs import hookimpl
 from nxdi_expertscale.version import __version__
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from nxdi_expertscale.checkpoint.sizes import layers_in, size_in
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.families.declaration import MoEFamily
 
 Weights = Callable[[str], torch.Tensor]
 """Gives a weight as float32 by its name in a checkpoint, without Hugging Face's ``model.``."""

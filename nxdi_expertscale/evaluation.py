@@ -23,7 +23,7 @@ from nxdi_expertscale.checkpoint.source import CONFIG, Checkpoint
 from nxdi_expertscale.checkpoint.weights import StoredWeights, with_averaged_scales
 from nxdi_expertscale.decoder import Architecture, Weights
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.text import python_documentation, read_text, tokenize
 
 TOKENS = 2048

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.numerics import fp8, scales
 
 StateDict = Mapping[str, torch.Tensor]

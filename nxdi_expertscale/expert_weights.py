@@ -10,7 +10,7 @@ from collections.abc import MutableMapping
 import torch
 
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families import MoEFamily, Stacking
+from nxdi_expertscale.families.declaration import MoEFamily, Stacking
 
 
 def stack(

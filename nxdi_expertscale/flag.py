@@ -14,7 +14,7 @@ from typing import Any
 
 from nxdi_expertscale import expert_parallel
 from nxdi_expertscale.errors import ConfigurationError
-from nxdi_expertscale.families import MoEFamily, why_unsupported
+from nxdi_expertscale.families.declaration import MoEFamily, why_unsupported
 
 _logger = logging.getLogger("nxdi_expertscale")
 

@@ -23,7 +23,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from nxdi_expertscale.activation import Patch
-    from nxdi_expertscale.families import MoEFamily
+    from nxdi_expertscale.families.declaration import MoEFamily
 
 PROJECT = "nxdi"
 

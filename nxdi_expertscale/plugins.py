@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pluggy
 
 from nxdi_expertscale import hookspecs
-from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.families.declaration import MoEFamily
 
 if TYPE_CHECKING:
     from nxdi_expertscale.activation import Patch

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from nxdi_expertscale import decoder
 from nxdi_expertscale.checkpoint.source import CONFIG, SINGLE_FILE
-from nxdi_expertscale.families import QWEN3_MOE
+from nxdi_expertscale.families.declaration import QWEN3_MOE
 
 BYTES = 256
 """The vocabulary: a token is a byte."""

@@ -22,7 +22,7 @@ from nxdi_expertscale.checkpoint.tensors import (
     scheme_of,
 )
 from nxdi_expertscale.checkpoint.values import ValueReader
-from nxdi_expertscale.families import ExpertTensor
+from nxdi_expertscale.families.declaration import ExpertTensor
 from nxdi_expertscale.numerics import fp8, scales
 
 

@@ -10,7 +10,7 @@ from nxdi_expertscale.checkpoint.source import CONFIG, Checkpoint, open_checkpoi
 from nxdi_expertscale.checkpoint.tensor_file import ITEM_SIZES, StoredTensor
 from nxdi_expertscale.checkpoint.tensors import FLOATS
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families import MoEFamily, Stacking, require_family
+from nxdi_expertscale.families.declaration import MoEFamily, Stacking, require_family
 from nxdi_expertscale.plugins import known_families
 
 MAX_TENSORS = 1 << 20

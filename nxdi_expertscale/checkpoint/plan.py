@@ -22,7 +22,7 @@ from nxdi_expertscale.checkpoint.tensors import (
     module_of,
     read_weights,
 )
-from nxdi_expertscale.families import MoEFamily, ties_embeddings
+from nxdi_expertscale.families.declaration import MoEFamily, ties_embeddings
 
 LM_HEAD = "lm_head"
 

@@ -16,7 +16,7 @@ from nxdi_expertscale.checkpoint.sizes import MAX_LAYERS, layers_in, size_in
 from nxdi_expertscale.checkpoint.source import CONFIG, Checkpoint
 from nxdi_expertscale.checkpoint.tensor_file import StoredTensor
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families import (
+from nxdi_expertscale.families.declaration import (
     ExpertTensor,
     MoEFamily,
     language_config,

@@ -22,7 +22,7 @@ from nxdi_expertscale.checkpoint.source import Checkpoint, TensorReader, checked
 from nxdi_expertscale.checkpoint.tensors import Weight, check_architecture, read_weights
 from nxdi_expertscale.checkpoint.values import TORCH_DTYPES, ValueReader
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.numerics import fp8
 
 OUTSIDE_LAYERS = "head"

@@ -14,7 +14,7 @@ from nxdi_expertscale.checkpoint.tensors import Weight, check_architecture, read
 from nxdi_expertscale.checkpoint.values import ValueReader
 from nxdi_expertscale.decoder import Architecture, Weights
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.numerics import fp8, scales
 
 _PREFIX = "model."

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from nxdi_expertscale.activation import Patch
-from nxdi_expertscale.families import BUILT_IN, MoEFamily
+from nxdi_expertscale.families.declaration import BUILT_IN, MoEFamily
 from nxdi_expertscale.hookspecs import hookimpl
 from nxdi_expertscale.patches import (
     application_base,

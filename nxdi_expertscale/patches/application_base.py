@@ -18,7 +18,7 @@ from typing import Any
 from nxdi_expertscale import flag
 from nxdi_expertscale.activation import Patch, mentions
 from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
-from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.patches import seams
 
 MODULE = "neuronx_distributed_inference.models.application_base"

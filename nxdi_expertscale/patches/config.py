@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nxdi_expertscale import device_switches, flag
 from nxdi_expertscale.activation import FEATURE, Patch, mentions, require
 from nxdi_expertscale.errors import IncompatibleUpstreamError
-from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.patches import seams
 
 if TYPE_CHECKING:

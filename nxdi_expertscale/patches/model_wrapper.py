@@ -16,7 +16,7 @@ from typing import Any
 from nxdi_expertscale import flag
 from nxdi_expertscale.activation import FEATURE, Patch, mentions, require, unmet
 from nxdi_expertscale.errors import ConfigurationError, IncompatibleUpstreamError
-from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.patches import config, seams
 
 MODULE = "neuronx_distributed_inference.models.model_wrapper"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nxdi_expertscale.families import MoEFamily
+from nxdi_expertscale.families.declaration import MoEFamily
 
 CONFIG = "config"
 INFERENCE_CONFIG = "inference_config"

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, 
 
 from nxdi_expertscale import decoder
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families import LLAMA4, MIXTRAL, QWEN3_MOE, MoEFamily
+from nxdi_expertscale.families.declaration import LLAMA4, MIXTRAL, QWEN3_MOE, MoEFamily
 
 ROUNDING = 1e-5
 TOKENS = torch.randint(128, (2, 24), generator=torch.Generator().manual_seed(3))

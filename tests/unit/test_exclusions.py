@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from nxdi_expertscale.errors import ConfigurationError
-from nxdi_expertscale.families import MIXTRAL, QWEN3_MOE
+from nxdi_expertscale.families.declaration import MIXTRAL, QWEN3_MOE
 
 
 @pytest.mark.parametrize("name", ["layers.1.mlp.experts", "model.layers.1.mlp.expert_mlps"])

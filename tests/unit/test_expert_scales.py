@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nxdi_expertscale import CheckpointError, expert_scales
-from nxdi_expertscale.families import MIXTRAL, QWEN3_MOE, MoEFamily
+from nxdi_expertscale.families.declaration import MIXTRAL, QWEN3_MOE, MoEFamily
 from nxdi_expertscale.numerics import fp8
 
 EXPERTS, INTERMEDIATE, HIDDEN = 3, 4, 6

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from nxdi_expertscale import CheckpointError, ConfigurationError, MoEFamily, families
-from nxdi_expertscale.families import BUILT_IN, LLAMA4, MIXTRAL, QWEN3_MOE, ExpertTensor
+from nxdi_expertscale import CheckpointError, ConfigurationError, MoEFamily
+from nxdi_expertscale.families import declaration
+from nxdi_expertscale.families.declaration import BUILT_IN, LLAMA4, MIXTRAL, QWEN3_MOE, ExpertTensor
 
 by_name = pytest.mark.parametrize("family", BUILT_IN, ids=lambda family: family.name)
 
@@ -150,11 +151,11 @@ def test_sizes_of_a_model_that_also_sees_are_those_of_its_language_model() -> No
 
 
 def test_family_of_a_model_type() -> None:
-    assert families.family_of("qwen3_moe", BUILT_IN) is QWEN3_MOE
-    assert families.family_of("mixtral", BUILT_IN) is MIXTRAL
-    assert families.family_of("qwen3", BUILT_IN) is None
-    assert families.family_of(None, BUILT_IN) is None
-    assert families.require_family("mixtral", BUILT_IN, "config.json") is MIXTRAL
+    assert declaration.family_of("qwen3_moe", BUILT_IN) is QWEN3_MOE
+    assert declaration.family_of("mixtral", BUILT_IN) is MIXTRAL
+    assert declaration.family_of("qwen3", BUILT_IN) is None
+    assert declaration.family_of(None, BUILT_IN) is None
+    assert declaration.require_family("mixtral", BUILT_IN, "config.json") is MIXTRAL
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_another_model_type_is_refused_naming_the_file(
     model_type: str | None, known: tuple[MoEFamily, ...], says: str
 ) -> None:
     with pytest.raises(CheckpointError, match=rf"^a/config.json: model_type .*{says}"):
-        families.require_family(model_type, known, "a/config.json")
+        declaration.require_family(model_type, known, "a/config.json")
 
 
 def test_every_built_in_family_is_of_another_name_and_type() -> None:
@@ -200,12 +201,12 @@ def test_stacked_experts_are_named_by_their_layer() -> None:
     ],
 )
 def test_embeddings_are_tied_where_the_config_says_so(config: dict[str, Any], tied: bool) -> None:
-    assert families.ties_embeddings(config) is tied
+    assert declaration.ties_embeddings(config) is tied
 
 
 def test_unsupported_model_without_a_type_is_known_by_its_module() -> None:
     module = "neuronx_distributed_inference.models.dbrx.modeling_dbrx"
 
-    assert "DBRX" in str(families.why_unsupported(None, [module]))
-    assert families.why_unsupported("qwen3_moe", [module]) is None
-    assert families.why_unsupported(None, ["another"]) is None
+    assert "DBRX" in str(declaration.why_unsupported(None, [module]))
+    assert declaration.why_unsupported("qwen3_moe", [module]) is None
+    assert declaration.why_unsupported(None, ["another"]) is None

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import nxdi_expertscale
-from nxdi_expertscale import families, plugins
+from nxdi_expertscale import plugins
+from nxdi_expertscale.families import declaration
 
 Install = Callable[..., None]
 
@@ -47,11 +48,11 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     return install
 
 
-def names(found: Sequence[families.MoEFamily]) -> list[str]:
+def names(found: Sequence[declaration.MoEFamily]) -> list[str]:
     return [family.name for family in found]
 
 
-BUILT_IN = names(families.BUILT_IN)
+BUILT_IN = names(declaration.BUILT_IN)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from nxdi_expertscale import CheckpointError, quantize_checkpoint
 from nxdi_expertscale.checkpoint import verify_checkpoint
 from nxdi_expertscale.checkpoint.pieces import PIECE_ELEMENTS, row_ranges
-from nxdi_expertscale.families import GATE_UP
+from nxdi_expertscale.families.declaration import GATE_UP
 
 EXPERTS, HIDDEN, INNER, VOCABULARY = 4, 24, 10, 16
 SIZES = {

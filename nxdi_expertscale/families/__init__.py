@@ -1,0 +1,1 @@
+"""What differs between families of mixture-of-experts models, declared as data."""
