@@ -16,7 +16,7 @@ from nxdi_expertscale.errors import (
     IncompatibleUpstreamError,
 )
 from nxdi_expertscale.families.declaration import MoEFamily, Stacking
-from nxdi_expertscale.hookspecs import hookimpl
+from nxdi_expertscale.plugins.hookspecs import hookimpl
 from nxdi_expertscale.version import __version__
 
 if TYPE_CHECKING:

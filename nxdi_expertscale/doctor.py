@@ -14,7 +14,7 @@ from pathlib import Path
 from nxdi_expertscale import device_switches, probe
 from nxdi_expertscale.activation import SeamStatus, State
 from nxdi_expertscale.patches import seams
-from nxdi_expertscale.plugins import ALLOW_LIST_VARIABLE, OWN_PLUGIN, allowed_names, known_families
+from nxdi_expertscale.plugins.manager import ALLOW_LIST_VARIABLE, OWN_PLUGIN, allowed_names, known_families
 from nxdi_expertscale.probe import Probe
 from nxdi_expertscale.version import __version__
 

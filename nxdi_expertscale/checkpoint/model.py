@@ -11,7 +11,7 @@ from nxdi_expertscale.checkpoint.tensor_file import ITEM_SIZES, StoredTensor
 from nxdi_expertscale.checkpoint.tensors import FLOATS
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import MoEFamily, Stacking, require_family
-from nxdi_expertscale.plugins import known_families
+from nxdi_expertscale.plugins.manager import known_families
 
 MAX_TENSORS = 1 << 20
 """More than any real model has, each expert's counted."""

@@ -12,7 +12,7 @@ from nxdi_expertscale.checkpoint.plan import effective_exclusions
 from nxdi_expertscale.checkpoint.sizes import layers_in
 from nxdi_expertscale.checkpoint.source import CONFIG, read_json
 from nxdi_expertscale.families.declaration import language_config, require_family
-from nxdi_expertscale.plugins import known_families
+from nxdi_expertscale.plugins.manager import known_families
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from nxdi_expertscale.checkpoint.source import (
 from nxdi_expertscale.checkpoint.tensor_file import StoredTensor
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import require_family
-from nxdi_expertscale.plugins import known_families
+from nxdi_expertscale.plugins.manager import known_families
 
 
 def source_state(source: Checkpoint) -> dict[str, SourceRecord]:

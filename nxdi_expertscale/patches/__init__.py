@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from nxdi_expertscale.activation import Patch
 from nxdi_expertscale.families.declaration import BUILT_IN, MoEFamily
-from nxdi_expertscale.hookspecs import hookimpl
+from nxdi_expertscale.plugins.hookspecs import hookimpl
 from nxdi_expertscale.patches import (
     application_base,
     config,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import nxdi_expertscale
-from nxdi_expertscale import plugins
+from nxdi_expertscale.plugins import manager
 from nxdi_expertscale.families import declaration
 
 Install = Callable[..., None]
@@ -88,14 +88,14 @@ def test_plugin_that_is_not_allowed_is_not_even_imported(
     install(bad="raise SystemError('imported')")
     monkeypatch.setenv("NXDI_PLUGINS", "expertscale")
 
-    assert plugins.load_plugins().problems == []
+    assert manager.load_plugins().problems == []
     assert "bad_plugin" not in sys.modules
 
 
 def test_families_and_patches_of_a_plugin_are_added_to_ours(install: Install) -> None:
     install(good=GOOD)
 
-    manager = plugins.load_plugins()
+    manager = manager.load_plugins()
 
     assert manager.problems == []
     assert names(manager.families()) == [*BUILT_IN, "good"]
@@ -186,7 +186,7 @@ def test_family_that_is_taken_is_left_out_whoever_is_first_in_the_alphabet(
 ) -> None:
     install(a_clash=FAMILY.format(name=name, types=types))
 
-    manager = plugins.load_plugins()
+    manager = manager.load_plugins()
 
     assert names(manager.families()) == BUILT_IN
     (problem,) = manager.problems
@@ -205,7 +205,7 @@ def nxdi_patches():
 """
     )
 
-    manager = plugins.load_plugins()
+    manager = manager.load_plugins()
 
     config = [patch for patch in manager.patches() if patch.seam == "config"]
     assert [patch.module for patch in config] == ["neuronx_distributed_inference.models.config"]

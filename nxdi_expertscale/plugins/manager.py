@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
-from nxdi_expertscale import hookspecs
+from nxdi_expertscale.plugins import hookspecs
 from nxdi_expertscale.families.declaration import MoEFamily
 
 if TYPE_CHECKING:

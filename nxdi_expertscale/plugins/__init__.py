@@ -1,0 +1,1 @@
+"""What plugins may add, and the plugins that are in force."""
