@@ -17,8 +17,8 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from nxdi_expertscale.errors import IncompatibleUpstreamError
-from nxdi_expertscale.importing import ImportWatcher, is_loaded, name_of
-from nxdi_expertscale.patching import Installation, Place, Wrapper, find
+from nxdi_expertscale.hooking.watcher import ImportWatcher, is_loaded, name_of
+from nxdi_expertscale.hooking.wrapper import Installation, Place, Wrapper, find
 from nxdi_expertscale.plugins.manager import PluginManager, load_plugins, print_problems
 
 _logger = logging.getLogger("nxdi_expertscale")

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from nxdi_expertscale.importing import ImportWatcher, name_of
+from nxdi_expertscale.hooking.watcher import ImportWatcher, name_of
 
 PROGRAM = """
 import sys
@@ -20,7 +20,7 @@ if __name__ == "__main__":
 """
 WATCH = """
 import sys
-from nxdi_expertscale.importing import ImportWatcher
+from nxdi_expertscale.hooking.watcher import ImportWatcher
 def replace(module):
     module.answer = lambda: "what it was given"
 ImportWatcher(replace).watch(["program"])
