@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nxdi_expertscale import device_switches, probe
+from nxdi_expertscale import probe
+from nxdi_expertscale.settings import device_variables
 from nxdi_expertscale.activation import SeamStatus, State
 from nxdi_expertscale.patches import seams
 from nxdi_expertscale.plugins.manager import ALLOW_LIST_VARIABLE, OWN_PLUGIN, allowed_names, known_families
@@ -284,7 +285,7 @@ def _ways_in(packages: Mapping[str, str | None], found: Probe) -> dict[str, str]
 
 
 def _check_device(findings: _Findings) -> None:
-    findings.warnings.extend(device_switches.contradictions())
+    findings.warnings.extend(device_variables.contradictions())
     cores = os.environ.get(LOGICAL_NC_VARIABLE, "2")
     if cores != "2":
         findings.warnings.append(
@@ -300,7 +301,7 @@ def _device() -> dict[str, str]:
         LOGICAL_NC_VARIABLE: os.environ.get(LOGICAL_NC_VARIABLE, "unset"),
         **{
             name: os.environ.get(name, "unset: expert_wise_scale with FP8 sets it")
-            for name in device_switches.SWITCHES
+            for name in device_variables.SWITCHES
         },
     }
 

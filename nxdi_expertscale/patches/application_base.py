@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nxdi_expertscale import flag
+from nxdi_expertscale.settings import flag
 from nxdi_expertscale.activation import Patch, mentions
 from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
 from nxdi_expertscale.families.declaration import MoEFamily

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nxdi_expertscale import device_switches, flag
+from nxdi_expertscale.settings import device_variables, flag
 from nxdi_expertscale.activation import FEATURE, Patch, mentions, require
 from nxdi_expertscale.errors import IncompatibleUpstreamError
 from nxdi_expertscale.families.declaration import MoEFamily
@@ -94,7 +94,7 @@ def _accept_flag(
     flag.check_neuron_config(instance)
     flag.warn_if_without_effect(instance)
     if value and flag.is_quantized(instance) and flag.is_fp8(instance):
-        device_switches.turn_on()
+        device_variables.turn_on()
 
 
 def _checking_model(families: Sequence[MoEFamily]) -> Callable[..., None]:

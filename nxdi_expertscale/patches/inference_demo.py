@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from nxdi_expertscale import flag
+from nxdi_expertscale.settings import flag
 from nxdi_expertscale.activation import FEATURE, Patch, mentions
 from nxdi_expertscale.patches import seams
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nxdi_expertscale import expert_parallel
+from nxdi_expertscale.settings import expert_parallel
 from nxdi_expertscale.errors import ConfigurationError
 
 EXPERTS, TOP_K = 128, 8

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from nxdi_expertscale import ConfigurationError, flag
+from nxdi_expertscale import ConfigurationError
+from nxdi_expertscale.settings import flag
 from nxdi_expertscale.families.declaration import BUILT_IN, MIXTRAL, QWEN3_MOE
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nxdi_expertscale.device_switches import SWITCHES
+from nxdi_expertscale.settings.device_variables import SWITCHES
 
 pytestmark = pytest.mark.usefixtures("active")
 
