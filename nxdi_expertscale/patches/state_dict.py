@@ -23,7 +23,7 @@ from nxdi_expertscale.patches.config import quantized_dtype
 if TYPE_CHECKING:
     import torch
 
-    from nxdi_expertscale.expert_scales import LayerScales
+    from nxdi_expertscale.loading.expert_scales import LayerScales
 
 _ENTRANCE = "convert_hf_to_neuron_state_dict"
 """The static method by which NxDI calls a model's converter, or which is it."""
@@ -116,7 +116,7 @@ def take_out_scales(
         CheckpointError: The state dict is malformed; the message names the tensor.
         ConfigurationError: It does not fit the config's dtype or exclusions.
     """
-    from nxdi_expertscale import expert_scales
+    from nxdi_expertscale.loading import expert_scales
 
     experts = _experts_of(config, family)
     check_range = not _is_vouched_for(state_dict, config.neuron_config)
@@ -142,7 +142,7 @@ def stack_experts(state_dict: dict[str, torch.Tensor], config: Any, family: MoEF
     Raises:
         CheckpointError: An expert is missing.
     """
-    from nxdi_expertscale import expert_weights
+    from nxdi_expertscale.loading import expert_weights
 
     experts = _experts_of(config, family)
     for layer in range(config.num_hidden_layers):

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from nxdi_expertscale import CheckpointError, expert_scales
+from nxdi_expertscale import CheckpointError
+from nxdi_expertscale.loading import expert_scales
 from nxdi_expertscale.families.declaration import MIXTRAL, QWEN3_MOE, MoEFamily
 from nxdi_expertscale.numerics import fp8
 

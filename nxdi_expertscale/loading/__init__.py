@@ -1,0 +1,1 @@
+"""A state dict on its way into NxDI: scales, routers, exclusions, and that nothing is lost."""
