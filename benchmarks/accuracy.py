@@ -35,8 +35,8 @@ from benchmarks import through_nxdi
 from benchmarks.lm_eval_task import TASKS, write_tasks, write_tokenizer
 from nxdi_expertscale import decoder, report, small_model
 from nxdi_expertscale.checkpoint import quantize_checkpoint
-from nxdi_expertscale.checkpoint.model import open_model
-from nxdi_expertscale.checkpoint.source import CONFIG
+from nxdi_expertscale.checkpoint.read.model import open_model
+from nxdi_expertscale.checkpoint.read.files import CONFIG
 from nxdi_expertscale.checkpoint.weights import StoredWeights, with_averaged_scales
 from nxdi_expertscale.evaluation import Evaluation, evaluate_checkpoint
 from nxdi_expertscale.families.declaration import QWEN3_MOE

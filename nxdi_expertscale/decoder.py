@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from nxdi_expertscale.checkpoint.sizes import layers_in, size_in
+from nxdi_expertscale.checkpoint.read.config import layers_in, size_in
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import MoEFamily
 

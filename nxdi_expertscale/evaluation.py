@@ -18,8 +18,8 @@ import torch
 from torch.nn import functional
 
 from nxdi_expertscale import decoder
-from nxdi_expertscale.checkpoint.model import open_model
-from nxdi_expertscale.checkpoint.source import CONFIG, Checkpoint
+from nxdi_expertscale.checkpoint.read.model import open_model
+from nxdi_expertscale.checkpoint.read.files import CONFIG, Checkpoint
 from nxdi_expertscale.checkpoint.weights import StoredWeights, with_averaged_scales
 from nxdi_expertscale.decoder import Architecture, Weights
 from nxdi_expertscale.errors import CheckpointError

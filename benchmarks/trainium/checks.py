@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks.trainium.plan import Setup, Variant, variants
-from nxdi_expertscale.checkpoint.model import open_model
-from nxdi_expertscale.checkpoint.source import Checkpoint
-from nxdi_expertscale.checkpoint.tensors import scheme_of
+from nxdi_expertscale.checkpoint.read.model import open_model
+from nxdi_expertscale.checkpoint.read.files import Checkpoint
+from nxdi_expertscale.checkpoint.read.tensors import scheme_of
 from nxdi_expertscale.errors import ExpertScaleError
 
 DEVICE = Path("/dev/neuron0")

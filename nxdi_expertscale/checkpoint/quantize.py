@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nxdi_expertscale.checkpoint.manifest import (
+from nxdi_expertscale.checkpoint.write.manifest import (
     MANIFEST,
     Manifest,
     file_record,
@@ -19,24 +19,24 @@ from nxdi_expertscale.checkpoint.manifest import (
     read_manifest,
     render_json,
 )
-from nxdi_expertscale.checkpoint.model import open_model
+from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores
-from nxdi_expertscale.checkpoint.plan import Plan, make_plan
-from nxdi_expertscale.checkpoint.provenance import (
+from nxdi_expertscale.checkpoint.write.plan import Plan, make_plan
+from nxdi_expertscale.checkpoint.write.provenance import (
     expect_unchanged,
     mismatch_of,
     source_records,
     source_state,
 )
-from nxdi_expertscale.checkpoint.source import (
+from nxdi_expertscale.checkpoint.read.files import (
     CONFIG,
     INDEX,
     Checkpoint,
     companions,
     read_companion,
 )
-from nxdi_expertscale.checkpoint.staging import WORK, Staging, digests_of_tensors, is_complete
-from nxdi_expertscale.checkpoint.stream import write_shards
+from nxdi_expertscale.checkpoint.write.staging import WORK, Staging, digests_of_tensors, is_complete
+from nxdi_expertscale.checkpoint.write.stream import write_shards
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 from nxdi_expertscale.version import __version__
 

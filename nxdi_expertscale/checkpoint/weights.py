@@ -8,10 +8,10 @@ from types import TracebackType
 
 import torch
 
-from nxdi_expertscale.checkpoint.pieces import as_rows
-from nxdi_expertscale.checkpoint.source import Checkpoint, TensorReader
-from nxdi_expertscale.checkpoint.tensors import Weight, check_architecture, read_weights
-from nxdi_expertscale.checkpoint.values import ValueReader
+from nxdi_expertscale.checkpoint.chunks import as_rows
+from nxdi_expertscale.checkpoint.read.files import Checkpoint, TensorReader
+from nxdi_expertscale.checkpoint.read.tensors import Weight, check_architecture, read_weights
+from nxdi_expertscale.checkpoint.read.values import ValueReader
 from nxdi_expertscale.decoder import Architecture, Weights
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import MoEFamily

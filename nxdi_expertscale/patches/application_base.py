@@ -77,7 +77,7 @@ def _saving(families: Sequence[MoEFamily]) -> Callable[..., Any]:
 
 def _why_not_ours(source: Path, neuron_config: Any, family: MoEFamily | None) -> str | None:
     """Why our quantizer does not take a source, or None where it does."""
-    from nxdi_expertscale.checkpoint.source import INDEX, SINGLE_FILE
+    from nxdi_expertscale.checkpoint.read.files import INDEX, SINGLE_FILE
 
     dtype = str(getattr(neuron_config, "quantization_dtype", None))
     if family is None:
@@ -92,7 +92,7 @@ def _why_not_ours(source: Path, neuron_config: Any, family: MoEFamily | None) ->
 
 
 def _leave_to_upstream(folder: Path, reason: str) -> None:
-    from nxdi_expertscale.checkpoint.manifest import MANIFEST
+    from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
 
     if (folder / MANIFEST).exists():
         raise CheckpointError(
@@ -138,7 +138,7 @@ def provide(source: Path, folder: Path, exclusions: Sequence[str]) -> None:
 
 def _is_finished(source: Path, folder: Path, exclusions: Sequence[str]) -> bool:
     from nxdi_expertscale.checkpoint import is_untouched, mismatch
-    from nxdi_expertscale.checkpoint.manifest import MANIFEST
+    from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
 
     if not (folder / MANIFEST).is_file():
         return False

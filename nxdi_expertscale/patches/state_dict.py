@@ -329,7 +329,7 @@ def _is_vouched_for(state_dict: Mapping[str, torch.Tensor], neuron_config: Any) 
     The state dict of a draft is converted with the same settings, and comes from another folder:
     the names have to be those of the manifest's folder.
     """
-    from nxdi_expertscale.checkpoint.manifest import is_untouched, tensor_names
+    from nxdi_expertscale.checkpoint.write.manifest import is_untouched, tensor_names
 
     folder = getattr(neuron_config, "quantized_checkpoints_path", None)
     if not folder:

@@ -17,10 +17,10 @@ from nxdi_expertscale.checkpoint import (
     quantize_checkpoint,
     verify_checkpoint,
 )
-from nxdi_expertscale.checkpoint.manifest import is_untouched, tensor_names
-from nxdi_expertscale.checkpoint.model import open_model
-from nxdi_expertscale.checkpoint.provenance import mismatch
-from nxdi_expertscale.checkpoint.staging import WORK
+from nxdi_expertscale.checkpoint.write.manifest import is_untouched, tensor_names
+from nxdi_expertscale.checkpoint.read.model import open_model
+from nxdi_expertscale.checkpoint.write.provenance import mismatch
+from nxdi_expertscale.checkpoint.write.staging import WORK
 from nxdi_expertscale.checkpoint.weights import StoredWeights
 from nxdi_expertscale.decoder import read_architecture
 from nxdi_expertscale.errors import ExpertScaleError

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nxdi_expertscale import small_model
 from nxdi_expertscale.checkpoint import quantize_checkpoint
-from nxdi_expertscale.checkpoint.model import open_model
+from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.checkpoint.weights import StoredWeights
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 from nxdi_expertscale.evaluation import Evaluation, evaluate_checkpoint

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from nxdi_expertscale.checkpoint import pieces, quantize, quantize_checkpoint
-from nxdi_expertscale.checkpoint.staging import WORK, Staging
-from nxdi_expertscale.checkpoint.stream import _OpenShard
+from nxdi_expertscale.checkpoint import quantize, quantize_checkpoint
+from nxdi_expertscale.checkpoint import chunks
+from nxdi_expertscale.checkpoint.write.staging import WORK, Staging
+from nxdi_expertscale.checkpoint.write.stream import _OpenShard
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 from nxdi_expertscale.numerics import fp8
 from tests import checkpoints
@@ -199,7 +200,7 @@ def test_the_weights_do_not_depend_on_the_size_of_pieces(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantize_checkpoint(src, tmp_path / "whole")
-    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 7 * checkpoints.HIDDEN)
+    monkeypatch.setattr(chunks, "PIECE_ELEMENTS", 7 * checkpoints.HIDDEN)
     quantize_checkpoint(src, tmp_path / "pieces")
 
     assert_same(checkpoints.load(tmp_path / "pieces"), checkpoints.load(tmp_path / "whole"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nxdi_expertscale.checkpoint.source import companions, open_checkpoint
+from nxdi_expertscale.checkpoint.read.files import companions, open_checkpoint
 from nxdi_expertscale.errors import CheckpointError
 from tests import checkpoints
 

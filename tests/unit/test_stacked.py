@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from nxdi_expertscale import CheckpointError, quantize_checkpoint
 from nxdi_expertscale.checkpoint import verify_checkpoint
-from nxdi_expertscale.checkpoint.pieces import PIECE_ELEMENTS, row_ranges
+from nxdi_expertscale.checkpoint.chunks import PIECE_ELEMENTS, row_ranges
 from nxdi_expertscale.families.declaration import GATE_UP
 
 EXPERTS, HIDDEN, INNER, VOCABULARY = 4, 24, 10, 16
@@ -147,11 +147,11 @@ def test_equals_experts_one_by_one(
 
 
 def test_a_large_expert_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nxdi_expertscale.checkpoint.pieces.PIECE_ELEMENTS", 3 * HIDDEN)
+    monkeypatch.setattr("nxdi_expertscale.checkpoint.chunks.PIECE_ELEMENTS", 3 * HIDDEN)
     assert len(list(row_ranges((INNER, HIDDEN)))) > 1
     stacked = save(tmp_path / "stacked", LLAMA4, llama4())
     quantize_checkpoint(stacked, tmp_path / "pieces")
-    monkeypatch.setattr("nxdi_expertscale.checkpoint.pieces.PIECE_ELEMENTS", PIECE_ELEMENTS)
+    monkeypatch.setattr("nxdi_expertscale.checkpoint.chunks.PIECE_ELEMENTS", PIECE_ELEMENTS)
     quantize_checkpoint(stacked, tmp_path / "whole")
 
     assert same_bits(tensors_of(tmp_path / "pieces"), tensors_of(tmp_path / "whole"))

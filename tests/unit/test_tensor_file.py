@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
-from nxdi_expertscale.checkpoint import tensor_file
-from nxdi_expertscale.checkpoint.tensor_file import NewTensor, lay_out, read_tensors
+from nxdi_expertscale.checkpoint import safetensors_format
+from nxdi_expertscale.checkpoint.safetensors_format import NewTensor, lay_out, read_tensors
 from nxdi_expertscale.errors import CheckpointError
 
 
@@ -112,7 +112,7 @@ def test_a_file_that_ends_in_its_header_is_refused(tmp_path: Path, content: byte
 def test_a_header_too_long_to_be_parsed_in_memory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensor_file, "MAX_HEADER_BYTES", 10)
+    monkeypatch.setattr(safetensors_format, "MAX_HEADER_BYTES", 10)
     path = write(tmp_path / "a.safetensors", b"{" + b" " * 20 + b"}", b"")
 
     with pytest.raises(CheckpointError, match="has a header of 22 bytes"):

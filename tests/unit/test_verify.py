@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint, read_manifest, verify_checkpoint
-from nxdi_expertscale.checkpoint.manifest import MANIFEST, file_record
+from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, file_record
 from nxdi_expertscale.errors import CheckpointError
 from tests import checkpoints
 

@@ -164,7 +164,7 @@ def test_process_that_comes_second_waits_and_uses_the_folder(
     monkeypatch: pytest.MonkeyPatch,
     info: pytest.LogCaptureFixture,
 ) -> None:
-    from nxdi_expertscale.checkpoint.staging import Staging
+    from nxdi_expertscale.checkpoint.write.staging import Staging
     from nxdi_expertscale.patches import application_base
 
     monkeypatch.setattr(application_base, "_SECONDS_BETWEEN_LOOKS", 0.05)

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nxdi_expertscale.checkpoint.pieces import as_rows
-from nxdi_expertscale.checkpoint.sizes import MAX_LAYERS, layers_in, size_in
-from nxdi_expertscale.checkpoint.source import CONFIG, Checkpoint
-from nxdi_expertscale.checkpoint.tensor_file import StoredTensor
+from nxdi_expertscale.checkpoint.chunks import as_rows
+from nxdi_expertscale.checkpoint.read.config import MAX_LAYERS, layers_in, size_in
+from nxdi_expertscale.checkpoint.read.files import CONFIG, Checkpoint
+from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import (
     ExpertTensor,

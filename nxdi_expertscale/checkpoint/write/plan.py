@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nxdi_expertscale.checkpoint.source import Checkpoint
-from nxdi_expertscale.checkpoint.tensor_file import NewTensor, lay_out
-from nxdi_expertscale.checkpoint.tensors import (
+from nxdi_expertscale.checkpoint.read.files import Checkpoint
+from nxdi_expertscale.checkpoint.safetensors_format import NewTensor, lay_out
+from nxdi_expertscale.checkpoint.read.tensors import (
     FP8,
     SCALE_SUFFIX,
     Weight,

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nxdi_expertscale.checkpoint.pieces import as_rows
-from nxdi_expertscale.checkpoint.source import Checkpoint, TensorReader
-from nxdi_expertscale.checkpoint.tensor_file import StoredTensor
-from nxdi_expertscale.checkpoint.tensors import FP8, BlockScale, Weight
+from nxdi_expertscale.checkpoint.chunks import as_rows
+from nxdi_expertscale.checkpoint.read.files import Checkpoint, TensorReader
+from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor
+from nxdi_expertscale.checkpoint.read.tensors import FP8, BlockScale, Weight
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.numerics import fp8
 

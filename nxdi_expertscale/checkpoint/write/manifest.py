@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nxdi_expertscale.checkpoint import digests
-from nxdi_expertscale.checkpoint.source import INDEX, SINGLE_FILE, is_file_name, read_json
+from nxdi_expertscale.checkpoint.read.files import INDEX, SINGLE_FILE, is_file_name, read_json
 from nxdi_expertscale.errors import CheckpointError
 
 MANIFEST = "nxdi_expertscale.json"

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from nxdi_expertscale.checkpoint.pieces import as_rows
-from nxdi_expertscale.checkpoint.tensor_file import (
+from nxdi_expertscale.checkpoint.chunks import as_rows
+from nxdi_expertscale.checkpoint.safetensors_format import (
     ITEM_SIZES,
     StoredTensor,
     parse_json,

@@ -1,0 +1,1 @@
+"""A checkpoint on disk, opened and checked: files, config, tensors, values."""
