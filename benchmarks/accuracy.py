@@ -7,7 +7,7 @@ it, and measures it on files that were kept from training::
 
 What an earlier run left in WORK is used again, the trained model above all. Beside the model as
 it was trained stand two that compute the same, bit for bit, and whose experts lie apart in
-magnitude (:func:`nxdi_expertscale.small_model.spread_experts`). With
+magnitude (:func:`nxdi_expertscale.evaluation.small_model.spread_experts`). With
 ``NXDI_EXPERTSCALE_UPSTREAM`` naming the real sources (see ``tests/upstream``), the model goes
 through each release of NxDI on a CPU too; where ``lm_eval`` is installed, through that as well.
 """
@@ -33,12 +33,13 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks import through_nxdi
 from benchmarks.lm_eval_task import TASKS, write_tasks, write_tokenizer
-from nxdi_expertscale import decoder, report, small_model
+from nxdi_expertscale import report
+from nxdi_expertscale.evaluation import decoder, small_model
 from nxdi_expertscale.checkpoint import quantize_checkpoint
 from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.checkpoint.read.files import CONFIG
-from nxdi_expertscale.checkpoint.weights import StoredWeights, with_averaged_scales
-from nxdi_expertscale.evaluation import Evaluation, evaluate_checkpoint
+from nxdi_expertscale.evaluation.stored_weights import StoredWeights, with_averaged_scales
+from nxdi_expertscale.evaluation.evaluate import Evaluation, evaluate_checkpoint
 from nxdi_expertscale.families.declaration import QWEN3_MOE
 from nxdi_expertscale.numerics import scales
 from tests.upstream import targets

@@ -164,7 +164,7 @@ def evaluate(
     one: a model need not fit in memory.
     """
     from nxdi_expertscale import pictures, report
-    from nxdi_expertscale.evaluation import evaluate_checkpoint
+    from nxdi_expertscale.evaluation.evaluate import evaluate_checkpoint
 
     if plot is not None:
         pictures.check_file(plot)
@@ -184,7 +184,8 @@ def demo(*, as_json: bool) -> None:
     """
     from functools import partial
 
-    from nxdi_expertscale import demo, pictures, report
+    from nxdi_expertscale import pictures, report
+    from nxdi_expertscale.evaluation import demo
 
     result = demo.run(partial(report.progress_bar, measure=report.STEPS))
     if as_json:

@@ -11,7 +11,7 @@ from nxdi_expertscale.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from nxdi_expertscale.checkpoint import Inspection
-    from nxdi_expertscale.evaluation import Evaluation
+    from nxdi_expertscale.evaluation.evaluate import Evaluation
 
 _FORMATS = (".png", ".pdf", ".svg")
 _ORIGINAL, _EXPERT_WISE, _AVERAGED = "tab:gray", "tab:blue", "tab:red"

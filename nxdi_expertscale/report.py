@@ -28,9 +28,9 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from nxdi_expertscale.checkpoint import Inspection, QuantizationResult, Verification
-    from nxdi_expertscale.demo import Demo
+    from nxdi_expertscale.evaluation.demo import Demo
     from nxdi_expertscale.doctor import Examination
-    from nxdi_expertscale.evaluation import Agreement, Evaluation
+    from nxdi_expertscale.evaluation.evaluate import Agreement, Evaluation
 
 
 def to_json(value: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from nxdi_expertscale import demo, small_model
+from nxdi_expertscale.evaluation import demo, small_model
 from nxdi_expertscale.cli import cli
 
 

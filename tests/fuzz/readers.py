@@ -21,8 +21,8 @@ from nxdi_expertscale.checkpoint.write.manifest import is_untouched, tensor_name
 from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.checkpoint.write.provenance import mismatch
 from nxdi_expertscale.checkpoint.write.staging import WORK
-from nxdi_expertscale.checkpoint.weights import StoredWeights
-from nxdi_expertscale.decoder import read_architecture
+from nxdi_expertscale.evaluation.stored_weights import StoredWeights
+from nxdi_expertscale.evaluation.decoder import read_architecture
 from nxdi_expertscale.errors import ExpertScaleError
 from tests import checkpoints
 from tests.fuzz.guard import guarded

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
-from nxdi_expertscale import decoder
+from nxdi_expertscale.evaluation import decoder
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import LLAMA4, MIXTRAL, QWEN3_MOE, MoEFamily
 

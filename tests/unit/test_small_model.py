@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from nxdi_expertscale import decoder, small_model
+from nxdi_expertscale.evaluation import decoder, small_model
 from nxdi_expertscale.families.declaration import QWEN3_MOE
 
 CONFIG = small_model.qwen3_moe_config(hidden_size=32, moe_intermediate_size=16)

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.trainium import checks, run
 from benchmarks.trainium.plan import Setup, steps
-from nxdi_expertscale import small_model
+from nxdi_expertscale.evaluation import small_model
 from nxdi_expertscale.checkpoint import quantize_checkpoint
 
 VLLM = """
