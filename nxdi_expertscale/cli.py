@@ -81,7 +81,7 @@ def doctor(*, as_json: bool) -> int:
     NxDI is imported in a process of its own. The status is 0 for yes, 1 for no.
     """
     from nxdi_expertscale import report
-    from nxdi_expertscale.doctor import examine
+    from nxdi_expertscale.diagnostics.doctor import examine
 
     found = examine()
     _say(report.to_json(found) if as_json else report.examination(found))

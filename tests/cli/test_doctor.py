@@ -86,7 +86,7 @@ def test_no_where_nxdi_is_broken(own_installation: Environment, source: str, sai
 
 def test_no_where_importing_nxdi_hangs(own_installation: Environment) -> None:
     add_nxdi(own_installation, "import time; time.sleep(600)")
-    code = "from nxdi_expertscale.doctor import examine; print(examine(3).problems)"
+    code = "from nxdi_expertscale.diagnostics.doctor import examine; print(examine(3).problems)"
 
     printed = own_installation.prints(code)
 

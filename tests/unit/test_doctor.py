@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nxdi_expertscale import doctor, probe
+from nxdi_expertscale.diagnostics import doctor, probe
 from nxdi_expertscale.activation import State, status
 
 

@@ -30,7 +30,7 @@ _NXDI_LOADER = "vllm_neuron.worker.neuronx_distributed_model_loader"
 _CHILD = """
 import sys
 started = "nxdi_expertscale" in sys.modules
-from nxdi_expertscale import probe
+from nxdi_expertscale.diagnostics import probe
 probe.report(sys.argv[1], started)
 """
 

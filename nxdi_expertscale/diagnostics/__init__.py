@@ -1,0 +1,1 @@
+"""What is installed, what is patched, and what is wrong."""
