@@ -33,7 +33,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks import through_nxdi
 from benchmarks.lm_eval_task import TASKS, write_tasks, write_tokenizer
-from nxdi_expertscale import report
+from nxdi_expertscale.cli import tables
 from nxdi_expertscale.evaluation import decoder, small_model
 from nxdi_expertscale.checkpoint import quantize_checkpoint
 from nxdi_expertscale.checkpoint.read.model import open_model
@@ -212,7 +212,7 @@ def evaluation_rows(found: dict[int, Evaluation]) -> Table:
     table = Table("experts apart", "FP8 scales", "perplexity", "KL, nats", "same top-1", "error")
     for spread, result in found.items():
         table.add_row(_apart(spread), "none (bfloat16)", f"{result.perplexity:.4f}", "", "", "")
-        for name, kind in report.scale_kinds(result).items():
+        for name, kind in tables.scale_kinds(result).items():
             errors = kind.layer_errors.values()
             table.add_row(
                 "",

@@ -38,7 +38,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nxdi_expertscale import cli
+from nxdi_expertscale.cli import commands
 from nxdi_expertscale.checkpoint import quantize
 from tests import checkpoints
 
@@ -107,15 +107,15 @@ def run_command(
     from nxdi_expertscale import checkpoint
 
     checkpoint.quantize_checkpoint = in_small_files
-    commands = cli.cli.main
+    commands = commands.cli.main
 
     def main(*places: Any, **settings: Any) -> Any:
         begun.set()
         return commands(*places, **settings)
 
-    cli.cli.main = main  # type: ignore[method-assign]
+    commands.cli.main = main  # type: ignore[method-assign]
     prepare(*arguments)
-    cli.main([*OURS, str(src), str(dst)])
+    commands.main([*OURS, str(src), str(dst)])
 
 
 def started(ground: Ground, prepare: Callable[..., None], *arguments: Any) -> tuple[Any, Event]:
@@ -347,7 +347,7 @@ def new_ground(scratch: Path, chance: random.Random, longest: float) -> Iterator
 def run_trials(faults: Sequence[str], trials: int, seed: int) -> list[Outcome]:
     # A server that has torch imported, and forks: what is disturbed is the work, not the imports.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nxdi_expertscale.checkpoint", "nxdi_expertscale.report"])
+    context.set_forkserver_preload(["nxdi_expertscale.checkpoint", "nxdi_expertscale.cli.tables"])
     chance = random.Random(seed)
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:

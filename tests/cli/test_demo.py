@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from nxdi_expertscale.evaluation import demo, small_model
-from nxdi_expertscale.cli import cli
+from nxdi_expertscale.cli.commands import cli
 
 
 @pytest.fixture(autouse=True)

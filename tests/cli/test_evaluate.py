@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from nxdi_expertscale import cli
+from nxdi_expertscale.cli import commands
 from nxdi_expertscale.evaluation import small_model
 from nxdi_expertscale.checkpoint import quantize_checkpoint
 
@@ -28,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_table_has_both_kinds_of_scales(folders: list[str]) -> None:
-    result = CliRunner().invoke(cli.cli, ["evaluate", *folders])
+    result = CliRunner().invoke(commands.cli, ["evaluate", *folders])
 
     rows = [line for line in result.stdout.splitlines() if "one per expert" in line]
     assert result.exit_code == 0
@@ -38,7 +38,7 @@ def test_table_has_both_kinds_of_scales(folders: list[str]) -> None:
 
 
 def test_json_is_for_programs(folders: list[str]) -> None:
-    result = CliRunner().invoke(cli.cli, ["evaluate", *folders, "--tokens", "64", "--json"])
+    result = CliRunner().invoke(commands.cli, ["evaluate", *folders, "--tokens", "64", "--json"])
 
     figures = json.loads(result.stdout)
     assert figures["tokens"] == 64
@@ -49,7 +49,7 @@ def test_json_is_for_programs(folders: list[str]) -> None:
 def test_picture(name: str, start: bytes, folders: list[str], tmp_path: Path) -> None:
     file = tmp_path / name
 
-    result = CliRunner().invoke(cli.cli, ["evaluate", *folders, "--plot", str(file)])
+    result = CliRunner().invoke(commands.cli, ["evaluate", *folders, "--plot", str(file)])
 
     assert result.exit_code == 0
     assert file.read_bytes().startswith(start)
@@ -70,7 +70,7 @@ def test_bad_request_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["evaluate", *folders, *arguments])
+        commands.main(["evaluate", *folders, *arguments])
 
     error = capsys.readouterr().err
     assert exit_.value.code == 2
@@ -84,7 +84,7 @@ def test_missing_matplotlib_is_told_before_anything_is_computed(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
 
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["evaluate", "no-model", "no-model", "--plot", "a.png"])
+        commands.main(["evaluate", "no-model", "no-model", "--plot", "a.png"])
 
     assert exit_.value.code == 2
     assert "pip install 'nxdi-expertscale[plot]'" in capsys.readouterr().err

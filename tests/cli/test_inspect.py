@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint
-from nxdi_expertscale.cli import cli
+from nxdi_expertscale.cli.commands import cli
 from tests import checkpoints
 
 

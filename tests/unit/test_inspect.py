@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nxdi_expertscale import pictures
+from nxdi_expertscale.cli import plots
 from nxdi_expertscale.checkpoint import inspect_checkpoint, quantize_checkpoint
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 from tests import checkpoints
@@ -85,7 +85,7 @@ class TestHeatMap:
         image = pytest.importorskip("matplotlib.image")
         result = inspect_checkpoint(checkpoints.save(tmp_path / "src"))
 
-        pictures.draw_heat_map(result, tmp_path / "map.png")
+        plots.draw_heat_map(result, tmp_path / "map.png")
 
         pixels = image.imread(tmp_path / "map.png")[..., :3]
         colours = {tuple(pixel) for pixel in pixels[:: pixels.shape[0] // 50].reshape(-1, 3)}
@@ -102,7 +102,7 @@ class TestHeatMap:
         pytest.importorskip("matplotlib")
 
         with pytest.raises(ConfigurationError, match=message):
-            pictures.check_file(tmp_path / file)
+            plots.check_file(tmp_path / file)
 
     def test_without_matplotlib_it_says_what_to_install(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -110,4 +110,4 @@ class TestHeatMap:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
 
         with pytest.raises(ConfigurationError, match=r"pip install 'nxdi-expertscale\[plot\]'"):
-            pictures.check_file(tmp_path / "map.png")
+            plots.check_file(tmp_path / "map.png")

@@ -56,10 +56,10 @@ def quantize(
 
     A run that was cut off goes on when it is run again.
     """
-    from nxdi_expertscale import report
+    from nxdi_expertscale.cli import tables
     from nxdi_expertscale.checkpoint import quantize_checkpoint
 
-    with report.progress_bar("quantizing") as progress:
+    with tables.progress_bar("quantizing") as progress:
         result = quantize_checkpoint(
             src,
             dst,
@@ -70,7 +70,7 @@ def quantize(
         )
     for name in result.unused_exclusions:
         _say(f"nxdi-expertscale: no module of {src} is named {name!r}", err=True)
-    _say(report.to_json(result) if as_json else report.quantization_summary(result))
+    _say(tables.to_json(result) if as_json else tables.quantization_summary(result))
 
 
 @cli.command()
@@ -80,11 +80,11 @@ def doctor(*, as_json: bool) -> int:
 
     NxDI is imported in a process of its own. The status is 0 for yes, 1 for no.
     """
-    from nxdi_expertscale import report
+    from nxdi_expertscale.cli import tables
     from nxdi_expertscale.diagnostics.doctor import examine
 
     found = examine()
-    _say(report.to_json(found) if as_json else report.examination(found))
+    _say(tables.to_json(found) if as_json else tables.examination(found))
     return 0 if found.works else ANSWER_IS_NO
 
 
@@ -98,12 +98,12 @@ def verify(*, dst: Path, against: Path | None, workers: int | None, as_json: boo
 
     With SRC, measure the error of each layer as well. The status is 1 if there is a fault.
     """
-    from nxdi_expertscale import report
+    from nxdi_expertscale.cli import tables
     from nxdi_expertscale.checkpoint import verify_checkpoint
 
-    with report.progress_bar("verifying") as progress:
+    with tables.progress_bar("verifying") as progress:
         result = verify_checkpoint(dst, against, workers=workers, progress=progress)
-    _say(report.to_json(result) if as_json else report.verification_summary(result))
+    _say(tables.to_json(result) if as_json else tables.verification_summary(result))
     return ANSWER_IS_NO if result.faults else 0
 
 
@@ -114,16 +114,16 @@ def verify(*, dst: Path, against: Path | None, workers: int | None, as_json: boo
 @click.option("--json", "as_json", is_flag=True, help="Print what is found as JSON.")
 def inspect(*, checkpoint: Path, plot: Path | None, workers: int | None, as_json: bool) -> None:
     """Say what CHECKPOINT is, quantized or not, and how far its experts' scales lie apart."""
-    from nxdi_expertscale import pictures, report
+    from nxdi_expertscale.cli import plots, tables
     from nxdi_expertscale.checkpoint import inspect_checkpoint
 
     if plot is not None:
-        pictures.check_file(plot)
-    with report.progress_bar("reading") as progress:
+        plots.check_file(plot)
+    with tables.progress_bar("reading") as progress:
         result = inspect_checkpoint(checkpoint, workers=workers, progress=progress)
     if plot is not None:
-        pictures.draw_heat_map(result, plot)
-    _say(report.to_json(result) if as_json else report.inspection_summary(result))
+        plots.draw_heat_map(result, plot)
+    _say(tables.to_json(result) if as_json else tables.inspection_summary(result))
 
 
 @cli.command("neuron-config")
@@ -135,11 +135,11 @@ def neuron_config(
     *, dst: Path, tp_degree: int | None, batch_size: int | None, seq_len: int | None
 ) -> None:
     """Print the settings that load the finished checkpoint DST, for NxDI and for vLLM, as JSON."""
-    from nxdi_expertscale import report
+    from nxdi_expertscale.cli import tables
     from nxdi_expertscale.checkpoint import neuron_settings
 
     settings = neuron_settings(dst, tp_degree=tp_degree, batch_size=batch_size, seq_len=seq_len)
-    _say(report.to_json(settings))
+    _say(tables.to_json(settings))
 
 
 @cli.command()
@@ -163,16 +163,16 @@ def evaluate(
     Beside DST as it is stands what averaged scales would make of it. The experts are read one by
     one: a model need not fit in memory.
     """
-    from nxdi_expertscale import pictures, report
+    from nxdi_expertscale.cli import plots, tables
     from nxdi_expertscale.evaluation.evaluate import evaluate_checkpoint
 
     if plot is not None:
-        pictures.check_file(plot)
-    with report.progress_bar("evaluating", report.STEPS) as progress:
+        plots.check_file(plot)
+    with tables.progress_bar("evaluating", tables.STEPS) as progress:
         result = evaluate_checkpoint(src, dst, text=text, tokens=tokens, progress=progress)
     if plot is not None:
-        pictures.draw_evaluation(result, plot)
-    _say(report.to_json(result) if as_json else report.evaluation_table(result))
+        plots.draw_evaluation(result, plot)
+    _say(tables.to_json(result) if as_json else tables.evaluation_table(result))
 
 
 @cli.command()
@@ -184,19 +184,19 @@ def demo(*, as_json: bool) -> None:
     """
     from functools import partial
 
-    from nxdi_expertscale import pictures, report
+    from nxdi_expertscale.cli import plots, tables
     from nxdi_expertscale.evaluation import demo
 
-    result = demo.run(partial(report.progress_bar, measure=report.STEPS))
+    result = demo.run(partial(tables.progress_bar, measure=tables.STEPS))
     if as_json:
-        _say(report.to_json(result))
+        _say(tables.to_json(result))
         return
-    picture = pictures.INSTALL
-    if pictures.can_be_drawn():
+    picture = plots.INSTALL
+    if plots.can_be_drawn():
         file = result.folder / "evaluation.png"
-        pictures.draw_evaluation(result.spread, file)
+        plots.draw_evaluation(result.spread, file)
         picture = str(file)
-    _say(report.demo_summary(result, picture))
+    _say(tables.demo_summary(result, picture))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nxdi_expertscale import report
+from nxdi_expertscale.cli import tables
 from nxdi_expertscale.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def draw_evaluation(result: Evaluation, file: Path) -> None:
 
     figure = _figure(10, 4)
     layers, perplexities = figure.subplots(1, 2, width_ratios=(3, 2))
-    kinds = report.scale_kinds(result)
+    kinds = tables.scale_kinds(result)
     for (name, found), colour in zip(kinds.items(), (_EXPERT_WISE, _AVERAGED), strict=True):
         numbers, errors = zip(*found.layer_errors.items(), strict=True)
         layers.plot(numbers, errors, marker="o", color=colour, label=f"scales: {name}")
