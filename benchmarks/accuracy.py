@@ -33,13 +33,13 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks import through_nxdi
 from benchmarks.lm_eval_task import TASKS, write_tasks, write_tokenizer
+from nxdi_expertscale.checkpoint import quantize_checkpoint
+from nxdi_expertscale.checkpoint.read.files import CONFIG
+from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.cli import tables
 from nxdi_expertscale.evaluation import decoder, small_model
-from nxdi_expertscale.checkpoint import quantize_checkpoint
-from nxdi_expertscale.checkpoint.read.model import open_model
-from nxdi_expertscale.checkpoint.read.files import CONFIG
-from nxdi_expertscale.evaluation.stored_weights import StoredWeights, with_averaged_scales
 from nxdi_expertscale.evaluation.evaluate import Evaluation, evaluate_checkpoint
+from nxdi_expertscale.evaluation.stored_weights import StoredWeights, with_averaged_scales
 from nxdi_expertscale.families.declaration import QWEN3_MOE
 from nxdi_expertscale.numerics import scales
 from tests.upstream import targets

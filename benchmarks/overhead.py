@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nxdi_expertscale.evaluation import decoder
 from nxdi_expertscale.checkpoint import quantize_checkpoint
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
+from nxdi_expertscale.evaluation import decoder
 from nxdi_expertscale.families.declaration import QWEN3_MOE
 from tests.upstream import targets
 

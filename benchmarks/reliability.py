@@ -38,8 +38,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nxdi_expertscale.cli import commands
 from nxdi_expertscale.checkpoint import quantize
+from nxdi_expertscale.cli import commands
 from tests import checkpoints
 
 INDEX = "model.safetensors.index.json"
@@ -107,11 +107,11 @@ def run_command(
     from nxdi_expertscale import checkpoint
 
     checkpoint.quantize_checkpoint = in_small_files
-    commands = commands.cli.main
+    run = commands.cli.main
 
     def main(*places: Any, **settings: Any) -> Any:
         begun.set()
-        return commands(*places, **settings)
+        return run(*places, **settings)
 
     commands.cli.main = main  # type: ignore[method-assign]
     prepare(*arguments)

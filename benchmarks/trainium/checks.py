@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks.trainium.plan import Setup, Variant, variants
-from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.checkpoint.read.files import Checkpoint
+from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.checkpoint.read.tensors import scheme_of
 from nxdi_expertscale.errors import ExpertScaleError
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 
-from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, read_manifest
-from nxdi_expertscale.checkpoint.read.model import open_model
-from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores, for_each
 from nxdi_expertscale.checkpoint.chunks import row_ranges
+from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores, for_each
 from nxdi_expertscale.checkpoint.read.files import TensorReader
+from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.checkpoint.read.tensors import (
     Weight,
     check_architecture,
@@ -22,6 +21,7 @@ from nxdi_expertscale.checkpoint.read.tensors import (
     scheme_of,
 )
 from nxdi_expertscale.checkpoint.read.values import ValueReader
+from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, read_manifest
 from nxdi_expertscale.families.declaration import ExpertTensor
 from nxdi_expertscale.numerics import fp8, scales
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nxdi_expertscale.checkpoint.write.manifest import read_manifest
-from nxdi_expertscale.checkpoint.write.plan import effective_exclusions
 from nxdi_expertscale.checkpoint.read.config import layers_in
 from nxdi_expertscale.checkpoint.read.files import CONFIG, read_json
+from nxdi_expertscale.checkpoint.write.manifest import read_manifest
+from nxdi_expertscale.checkpoint.write.plan import effective_exclusions
 from nxdi_expertscale.families.declaration import language_config, require_family
 from nxdi_expertscale.plugins.manager import known_families
 

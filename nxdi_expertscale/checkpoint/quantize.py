@@ -11,6 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores
+from nxdi_expertscale.checkpoint.read.files import (
+    CONFIG,
+    INDEX,
+    Checkpoint,
+    companions,
+    read_companion,
+)
+from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.checkpoint.write.manifest import (
     MANIFEST,
     Manifest,
@@ -19,21 +28,12 @@ from nxdi_expertscale.checkpoint.write.manifest import (
     read_manifest,
     render_json,
 )
-from nxdi_expertscale.checkpoint.read.model import open_model
-from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores
 from nxdi_expertscale.checkpoint.write.plan import Plan, make_plan
 from nxdi_expertscale.checkpoint.write.provenance import (
     expect_unchanged,
     mismatch_of,
     source_records,
     source_state,
-)
-from nxdi_expertscale.checkpoint.read.files import (
-    CONFIG,
-    INDEX,
-    Checkpoint,
-    companions,
-    read_companion,
 )
 from nxdi_expertscale.checkpoint.write.staging import WORK, Staging, digests_of_tensors, is_complete
 from nxdi_expertscale.checkpoint.write.stream import write_shards
@@ -92,7 +92,7 @@ def quantize_checkpoint(
         src: A checkpoint's folder: ``config.json`` and safetensors files.
         dst: The folder to make; new, empty, or one that an earlier call made or began.
         modules_to_not_convert: Modules that stay as they are, in the names of the checkpoint or
-            of NxDI's modules; see :meth:`~nxdi_expertscale.families.declaration.MoEFamily.excludes`. The
+            of NxDI's modules; see :meth:`MoEFamily.excludes`. The
             router is never converted.
         workers: Threads; by default as many as there are cores for this process.
         overwrite: Replace a finished folder. The old one stays until the new one is complete.

@@ -12,15 +12,20 @@ from pathlib import Path
 
 import torch
 
-from nxdi_expertscale.checkpoint.write.manifest import FileRecord, Manifest, file_record, read_manifest
-from nxdi_expertscale.checkpoint.read.model import open_model
-from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores, for_each
 from nxdi_expertscale.checkpoint.chunks import as_rows, row_ranges
-from nxdi_expertscale.checkpoint.write.plan import effective_exclusions
-from nxdi_expertscale.checkpoint.write.provenance import mismatch_of
+from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores, for_each
 from nxdi_expertscale.checkpoint.read.files import Checkpoint, TensorReader, checked_file
+from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.checkpoint.read.tensors import Weight, check_architecture, read_weights
 from nxdi_expertscale.checkpoint.read.values import TORCH_DTYPES, ValueReader
+from nxdi_expertscale.checkpoint.write.manifest import (
+    FileRecord,
+    Manifest,
+    file_record,
+    read_manifest,
+)
+from nxdi_expertscale.checkpoint.write.plan import effective_exclusions
+from nxdi_expertscale.checkpoint.write.provenance import mismatch_of
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.numerics import fp8

@@ -56,8 +56,8 @@ def quantize(
 
     A run that was cut off goes on when it is run again.
     """
-    from nxdi_expertscale.cli import tables
     from nxdi_expertscale.checkpoint import quantize_checkpoint
+    from nxdi_expertscale.cli import tables
 
     with tables.progress_bar("quantizing") as progress:
         result = quantize_checkpoint(
@@ -98,8 +98,8 @@ def verify(*, dst: Path, against: Path | None, workers: int | None, as_json: boo
 
     With SRC, measure the error of each layer as well. The status is 1 if there is a fault.
     """
-    from nxdi_expertscale.cli import tables
     from nxdi_expertscale.checkpoint import verify_checkpoint
+    from nxdi_expertscale.cli import tables
 
     with tables.progress_bar("verifying") as progress:
         result = verify_checkpoint(dst, against, workers=workers, progress=progress)
@@ -114,8 +114,8 @@ def verify(*, dst: Path, against: Path | None, workers: int | None, as_json: boo
 @click.option("--json", "as_json", is_flag=True, help="Print what is found as JSON.")
 def inspect(*, checkpoint: Path, plot: Path | None, workers: int | None, as_json: bool) -> None:
     """Say what CHECKPOINT is, quantized or not, and how far its experts' scales lie apart."""
-    from nxdi_expertscale.cli import plots, tables
     from nxdi_expertscale.checkpoint import inspect_checkpoint
+    from nxdi_expertscale.cli import plots, tables
 
     if plot is not None:
         plots.check_file(plot)
@@ -135,8 +135,8 @@ def neuron_config(
     *, dst: Path, tp_degree: int | None, batch_size: int | None, seq_len: int | None
 ) -> None:
     """Print the settings that load the finished checkpoint DST, for NxDI and for vLLM, as JSON."""
-    from nxdi_expertscale.cli import tables
     from nxdi_expertscale.checkpoint import neuron_settings
+    from nxdi_expertscale.cli import tables
 
     settings = neuron_settings(dst, tp_degree=tp_degree, batch_size=batch_size, seq_len=seq_len)
     _say(tables.to_json(settings))

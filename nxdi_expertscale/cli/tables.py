@@ -28,8 +28,8 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from nxdi_expertscale.checkpoint import Inspection, QuantizationResult, Verification
-    from nxdi_expertscale.evaluation.demo import Demo
     from nxdi_expertscale.diagnostics.doctor import Examination
+    from nxdi_expertscale.evaluation.demo import Demo
     from nxdi_expertscale.evaluation.evaluate import Agreement, Evaluation
 
 

@@ -11,12 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nxdi_expertscale.diagnostics import probe
-from nxdi_expertscale.settings import device_variables
 from nxdi_expertscale.activation import SeamStatus, State
-from nxdi_expertscale.patches import seams
-from nxdi_expertscale.plugins.manager import ALLOW_LIST_VARIABLE, OWN_PLUGIN, allowed_names, known_families
+from nxdi_expertscale.diagnostics import probe
 from nxdi_expertscale.diagnostics.probe import Probe
+from nxdi_expertscale.patches import seams
+from nxdi_expertscale.plugins.manager import (
+    ALLOW_LIST_VARIABLE,
+    OWN_PLUGIN,
+    allowed_names,
+    known_families,
+)
+from nxdi_expertscale.settings import device_variables
 from nxdi_expertscale.version import __version__
 
 TIME_LIMIT = 300.0

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import filelock
 
-from nxdi_expertscale.evaluation import small_model
 from nxdi_expertscale.checkpoint import quantize_checkpoint, verify_checkpoint
 from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.evaluation import small_model
 from nxdi_expertscale.evaluation.evaluate import Evaluation, evaluate_checkpoint
 from nxdi_expertscale.version import __version__
 

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from nxdi_expertscale.evaluation import decoder
-from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.checkpoint.read.files import CONFIG, Checkpoint
-from nxdi_expertscale.evaluation.stored_weights import StoredWeights, with_averaged_scales
-from nxdi_expertscale.evaluation.decoder import Architecture, Weights
+from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.evaluation import decoder
+from nxdi_expertscale.evaluation.decoder import Architecture, Weights
+from nxdi_expertscale.evaluation.stored_weights import StoredWeights, with_averaged_scales
 from nxdi_expertscale.evaluation.text import python_documentation, read_text, tokenize
+from nxdi_expertscale.families.declaration import MoEFamily
 
 TOKENS = 2048
 """How many tokens of a text are predicted unless another number is asked for."""

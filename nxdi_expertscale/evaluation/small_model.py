@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from nxdi_expertscale.evaluation import decoder
 from nxdi_expertscale.checkpoint.read.files import CONFIG, SINGLE_FILE
+from nxdi_expertscale.evaluation import decoder
 from nxdi_expertscale.families.declaration import QWEN3_MOE
 
 BYTES = 256

@@ -12,8 +12,8 @@ from nxdi_expertscale.checkpoint.chunks import as_rows
 from nxdi_expertscale.checkpoint.read.files import Checkpoint, TensorReader
 from nxdi_expertscale.checkpoint.read.tensors import Weight, check_architecture, read_weights
 from nxdi_expertscale.checkpoint.read.values import ValueReader
-from nxdi_expertscale.evaluation.decoder import Architecture, Weights
 from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.evaluation.decoder import Architecture, Weights
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.numerics import fp8, scales
 

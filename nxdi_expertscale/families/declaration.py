@@ -50,7 +50,7 @@ class Stacking(enum.Enum):
 class DecoderTraits:
     """What is particular to a family's layers, beside the names of their tensors.
 
-    For the reference on a CPU, :mod:`nxdi_expertscale.evaluation.decoder`, which has what all share.
+    For the reference on a CPU, ``evaluation.decoder``, which has what all share.
 
     Attributes:
         head_norm: Whether the attention normalizes queries and keys for each head.

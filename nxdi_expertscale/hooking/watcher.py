@@ -23,7 +23,9 @@ _logger = logging.getLogger(__name__)
 
 ModuleCallback = Callable[[ModuleType], None]
 
-_REPORT_PROGRAM = "__import__('nxdi_expertscale.hooking.watcher').importing.report_program(globals())"
+_REPORT_PROGRAM = (
+    "__import__('nxdi_expertscale.hooking.watcher').hooking.watcher.report_program(globals())"
+)
 
 
 class ImportWatcher(MetaPathFinder):

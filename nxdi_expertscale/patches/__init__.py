@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 
 from nxdi_expertscale.activation import Patch
 from nxdi_expertscale.families.declaration import BUILT_IN, MoEFamily
-from nxdi_expertscale.plugins.hookspecs import hookimpl
 from nxdi_expertscale.patches import (
     application_base,
     config,
@@ -18,6 +17,7 @@ from nxdi_expertscale.patches import (
     model_wrapper,
     state_dict,
 )
+from nxdi_expertscale.plugins.hookspecs import hookimpl
 
 
 @hookimpl

@@ -15,11 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nxdi_expertscale.settings import flag
 from nxdi_expertscale.activation import Patch, mentions
 from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.patches import seams
+from nxdi_expertscale.settings import flag
 
 MODULE = "neuronx_distributed_inference.models.application_base"
 

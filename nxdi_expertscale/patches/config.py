@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nxdi_expertscale.settings import device_variables, flag
 from nxdi_expertscale.activation import FEATURE, Patch, mentions, require
 from nxdi_expertscale.errors import IncompatibleUpstreamError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.patches import seams
+from nxdi_expertscale.settings import device_variables, flag
 
 if TYPE_CHECKING:
     import torch

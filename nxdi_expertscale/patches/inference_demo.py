@@ -8,9 +8,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from nxdi_expertscale.settings import flag
 from nxdi_expertscale.activation import FEATURE, Patch, mentions
 from nxdi_expertscale.patches import seams
+from nxdi_expertscale.settings import flag
 
 MODULE = "neuronx_distributed_inference.inference_demo"
 OPTION = "--expert-wise-scale"

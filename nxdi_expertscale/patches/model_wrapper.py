@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from nxdi_expertscale.settings import flag
 from nxdi_expertscale.activation import FEATURE, Patch, mentions, require, unmet
 from nxdi_expertscale.errors import ConfigurationError, IncompatibleUpstreamError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.patches import config, seams
+from nxdi_expertscale.settings import flag
 
 MODULE = "neuronx_distributed_inference.models.model_wrapper"
 

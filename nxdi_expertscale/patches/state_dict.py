@@ -13,12 +13,12 @@ from operator import attrgetter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nxdi_expertscale.settings import flag
 from nxdi_expertscale.activation import FEATURE, Patch, mentions, require, unmet, words
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError, IncompatibleUpstreamError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.patches import seams
 from nxdi_expertscale.patches.config import quantized_dtype
+from nxdi_expertscale.settings import flag
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
-from nxdi_expertscale.plugins import hookspecs
 from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.plugins import hookspecs
 
 if TYPE_CHECKING:
     from nxdi_expertscale.activation import Patch

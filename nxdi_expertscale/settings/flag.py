@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nxdi_expertscale.settings import expert_parallel
 from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.families.declaration import MoEFamily, why_unsupported
+from nxdi_expertscale.settings import expert_parallel
 
 _logger = logging.getLogger("nxdi_expertscale")
 

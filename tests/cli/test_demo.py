@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from nxdi_expertscale.evaluation import demo, small_model
 from nxdi_expertscale.cli.commands import cli
+from nxdi_expertscale.evaluation import demo, small_model
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from nxdi_expertscale.checkpoint import quantize_checkpoint
 from nxdi_expertscale.cli import commands
 from nxdi_expertscale.evaluation import small_model
-from nxdi_expertscale.checkpoint import quantize_checkpoint
 
 CONFIG = small_model.qwen3_moe_config(hidden_size=32, moe_intermediate_size=16)
 

@@ -17,13 +17,13 @@ from nxdi_expertscale.checkpoint import (
     quantize_checkpoint,
     verify_checkpoint,
 )
-from nxdi_expertscale.checkpoint.write.manifest import is_untouched, tensor_names
 from nxdi_expertscale.checkpoint.read.model import open_model
+from nxdi_expertscale.checkpoint.write.manifest import is_untouched, tensor_names
 from nxdi_expertscale.checkpoint.write.provenance import mismatch
 from nxdi_expertscale.checkpoint.write.staging import WORK
-from nxdi_expertscale.evaluation.stored_weights import StoredWeights
-from nxdi_expertscale.evaluation.decoder import read_architecture
 from nxdi_expertscale.errors import ExpertScaleError
+from nxdi_expertscale.evaluation.decoder import read_architecture
+from nxdi_expertscale.evaluation.stored_weights import StoredWeights
 from tests import checkpoints
 from tests.fuzz.guard import guarded
 from tests.fuzz.recipes import Files, Folder, Step

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
-from nxdi_expertscale.evaluation import decoder
 from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.evaluation import decoder
 from nxdi_expertscale.families.declaration import LLAMA4, MIXTRAL, QWEN3_MOE, MoEFamily
 
 ROUNDING = 1e-5

@@ -15,12 +15,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from nxdi_expertscale.evaluation import small_model
 from nxdi_expertscale.checkpoint import quantize_checkpoint
 from nxdi_expertscale.checkpoint.read.model import open_model
-from nxdi_expertscale.evaluation.stored_weights import StoredWeights
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
+from nxdi_expertscale.evaluation import small_model
 from nxdi_expertscale.evaluation.evaluate import Evaluation, evaluate_checkpoint
+from nxdi_expertscale.evaluation.stored_weights import StoredWeights
 
 CONFIG = small_model.qwen3_moe_config(hidden_size=64, moe_intermediate_size=32)
 TOKENS = 600

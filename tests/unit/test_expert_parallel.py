@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from nxdi_expertscale.settings import expert_parallel
 from nxdi_expertscale.errors import ConfigurationError
+from nxdi_expertscale.settings import expert_parallel
 
 EXPERTS, TOP_K = 128, 8
 """Qwen3-30B-A3B's."""

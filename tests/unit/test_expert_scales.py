@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nxdi_expertscale import CheckpointError
-from nxdi_expertscale.loading import expert_scales
 from nxdi_expertscale.families.declaration import MIXTRAL, QWEN3_MOE, MoEFamily
+from nxdi_expertscale.loading import expert_scales
 from nxdi_expertscale.numerics import fp8
 
 EXPERTS, INTERMEDIATE, HIDDEN = 3, 4, 6

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from nxdi_expertscale import ConfigurationError
-from nxdi_expertscale.settings import flag
 from nxdi_expertscale.families.declaration import BUILT_IN, MIXTRAL, QWEN3_MOE
+from nxdi_expertscale.settings import flag
 
 
 class QuantizationType(enum.Enum):

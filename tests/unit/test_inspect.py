@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nxdi_expertscale.cli import plots
 from nxdi_expertscale.checkpoint import inspect_checkpoint, quantize_checkpoint
+from nxdi_expertscale.cli import plots
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 from tests import checkpoints
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import nxdi_expertscale
-from nxdi_expertscale.plugins import manager
 from nxdi_expertscale.families import declaration
+from nxdi_expertscale.plugins import manager
 
 Install = Callable[..., None]
 
@@ -95,11 +95,11 @@ def test_plugin_that_is_not_allowed_is_not_even_imported(
 def test_families_and_patches_of_a_plugin_are_added_to_ours(install: Install) -> None:
     install(good=GOOD)
 
-    manager = manager.load_plugins()
+    plugins = manager.load_plugins()
 
-    assert manager.problems == []
-    assert names(manager.families()) == [*BUILT_IN, "good"]
-    seams = {patch.seam for patch in manager.patches()}
+    assert plugins.problems == []
+    assert names(plugins.families()) == [*BUILT_IN, "good"]
+    seams = {patch.seam for patch in plugins.patches()}
     assert {"config", "state_dict:qwen3_moe", "state_dict:good"} < seams
     assert f"good:{','.join([*BUILT_IN, 'good'])}" in seams
 
@@ -186,10 +186,10 @@ def test_family_that_is_taken_is_left_out_whoever_is_first_in_the_alphabet(
 ) -> None:
     install(a_clash=FAMILY.format(name=name, types=types))
 
-    manager = manager.load_plugins()
+    plugins = manager.load_plugins()
 
-    assert names(manager.families()) == BUILT_IN
-    (problem,) = manager.problems
+    assert names(plugins.families()) == BUILT_IN
+    (problem,) = plugins.problems
     assert problem.startswith(f"plugin 'a_clash': its family {name!r} is left out")
     assert says in problem
 
@@ -205,11 +205,11 @@ def nxdi_patches():
 """
     )
 
-    manager = manager.load_plugins()
+    plugins = manager.load_plugins()
 
-    config = [patch for patch in manager.patches() if patch.seam == "config"]
+    config = [patch for patch in plugins.patches() if patch.seam == "config"]
     assert [patch.module for patch in config] == ["neuronx_distributed_inference.models.config"]
-    assert manager.problems == [
+    assert plugins.problems == [
         "plugin 'a_clash': its patch 'config' is left out, another one has its name"
     ]
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nxdi_expertscale.checkpoint import quantize, quantize_checkpoint
-from nxdi_expertscale.checkpoint import chunks
+from nxdi_expertscale.checkpoint import chunks, quantize, quantize_checkpoint
 from nxdi_expertscale.checkpoint.write.staging import WORK, Staging
 from nxdi_expertscale.checkpoint.write.stream import _OpenShard
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.trainium import checks, run
 from benchmarks.trainium.plan import Setup, steps
-from nxdi_expertscale.evaluation import small_model
 from nxdi_expertscale.checkpoint import quantize_checkpoint
+from nxdi_expertscale.evaluation import small_model
 
 VLLM = """
 import http.server, json, os, pathlib, sys

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from nxdi_expertscale.checkpoint.read.files import CONFIG, Checkpoint, open_checkpoint
-from nxdi_expertscale.checkpoint.safetensors_format import ITEM_SIZES, StoredTensor
 from nxdi_expertscale.checkpoint.read.tensors import FLOATS
+from nxdi_expertscale.checkpoint.safetensors_format import ITEM_SIZES, StoredTensor
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import MoEFamily, Stacking, require_family
 from nxdi_expertscale.plugins.manager import known_families

@@ -11,8 +11,8 @@ import torch
 
 from nxdi_expertscale.checkpoint.chunks import as_rows
 from nxdi_expertscale.checkpoint.read.files import Checkpoint, TensorReader
-from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor
 from nxdi_expertscale.checkpoint.read.tensors import FP8, BlockScale, Weight
+from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.numerics import fp8
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from nxdi_expertscale.checkpoint.read.files import Checkpoint
-from nxdi_expertscale.checkpoint.safetensors_format import NewTensor, lay_out
 from nxdi_expertscale.checkpoint.read.tensors import (
     FP8,
     SCALE_SUFFIX,
@@ -22,6 +21,7 @@ from nxdi_expertscale.checkpoint.read.tensors import (
     module_of,
     read_weights,
 )
+from nxdi_expertscale.checkpoint.safetensors_format import NewTensor, lay_out
 from nxdi_expertscale.families.declaration import MoEFamily, ties_embeddings
 
 LM_HEAD = "lm_head"

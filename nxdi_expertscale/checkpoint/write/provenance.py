@@ -6,18 +6,23 @@ import os
 from collections.abc import Mapping, Sequence
 
 from nxdi_expertscale.checkpoint import digests
-from nxdi_expertscale.checkpoint.write.manifest import Manifest, SourceRecord, normalized, read_manifest
-from nxdi_expertscale.checkpoint.read.model import open_model
-from nxdi_expertscale.checkpoint.parallel import available_cores, for_each
 from nxdi_expertscale.checkpoint.chunks import row_ranges
-from nxdi_expertscale.checkpoint.write.plan import quantized_tensors
+from nxdi_expertscale.checkpoint.parallel import available_cores, for_each
 from nxdi_expertscale.checkpoint.read.files import (
     CONFIG,
     Checkpoint,
     TensorReader,
     checked_file,
 )
+from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor
+from nxdi_expertscale.checkpoint.write.manifest import (
+    Manifest,
+    SourceRecord,
+    normalized,
+    read_manifest,
+)
+from nxdi_expertscale.checkpoint.write.plan import quantized_tensors
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import require_family
 from nxdi_expertscale.plugins.manager import known_families

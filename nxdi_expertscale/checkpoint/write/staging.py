@@ -18,13 +18,13 @@ from types import TracebackType
 
 import filelock
 
+from nxdi_expertscale.checkpoint.read.files import INDEX, read_json
 from nxdi_expertscale.checkpoint.write.manifest import (
     MANIFEST,
     FileRecord,
     read_file_record,
     read_manifest,
 )
-from nxdi_expertscale.checkpoint.read.files import INDEX, read_json
 from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
 
 WORK = ".nxdi-expertscale"

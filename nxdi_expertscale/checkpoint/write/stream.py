@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import torch
 
 from nxdi_expertscale.checkpoint import digests
-from nxdi_expertscale.checkpoint.write.manifest import SourceRecord, file_record
-from nxdi_expertscale.checkpoint.parallel import Meter, for_each
 from nxdi_expertscale.checkpoint.chunks import row_ranges
+from nxdi_expertscale.checkpoint.parallel import Meter, for_each
+from nxdi_expertscale.checkpoint.read.files import Checkpoint, TensorReader
+from nxdi_expertscale.checkpoint.read.values import TORCH_DTYPES, ValueReader, as_bytes
+from nxdi_expertscale.checkpoint.write.manifest import SourceRecord, file_record
 from nxdi_expertscale.checkpoint.write.plan import PlannedTensor, ShardPlan, Treatment
 from nxdi_expertscale.checkpoint.write.provenance import digest_tensor
-from nxdi_expertscale.checkpoint.read.files import Checkpoint, TensorReader
 from nxdi_expertscale.checkpoint.write.staging import ShardRecord, Staging
-from nxdi_expertscale.checkpoint.read.values import TORCH_DTYPES, ValueReader, as_bytes
 from nxdi_expertscale.numerics import fp8
 from nxdi_expertscale.version import __version__
 
