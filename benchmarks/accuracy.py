@@ -40,7 +40,7 @@ from nxdi_expertscale.cli import tables
 from nxdi_expertscale.evaluation import decoder, small_model
 from nxdi_expertscale.evaluation.evaluate import Evaluation, evaluate_checkpoint
 from nxdi_expertscale.evaluation.stored_weights import StoredWeights, with_averaged_scales
-from nxdi_expertscale.families.declaration import QWEN3_MOE
+from nxdi_expertscale.families.built_in import QWEN3_MOE
 from nxdi_expertscale.numerics import scales
 from tests.upstream import targets
 
@@ -175,7 +175,7 @@ def averaged_checkpoint(quantized: Path, folder: Path) -> None:
             (folder / source.name).write_bytes(source.read_bytes())
     alike: dict[tuple[int, str], list[str]] = {}
     for name in tensors:
-        place = QWEN3_MOE.parse_expert_key(name)
+        place = QWEN3_MOE.names.parse_expert_key(name)
         if place is not None and place.suffix == "weight_scale":
             alike.setdefault((place.layer, place.projection), []).append(name)
     for names in alike.values():

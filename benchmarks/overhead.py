@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nxdi_expertscale.checkpoint import quantize_checkpoint
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
 from nxdi_expertscale.evaluation import decoder
-from nxdi_expertscale.families.declaration import QWEN3_MOE
+from nxdi_expertscale.families.built_in import QWEN3_MOE
 from tests.upstream import targets
 
 LAYER: dict[str, Any] = {

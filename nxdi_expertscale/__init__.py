@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nxdi_expertscale.activation import Patch, SeamStatus, State, activate, deactivate, status
+from nxdi_expertscale.activation import activate, deactivate, status
 from nxdi_expertscale.errors import (
     CheckpointError,
     ConfigurationError,
@@ -16,6 +16,7 @@ from nxdi_expertscale.errors import (
     IncompatibleUpstreamError,
 )
 from nxdi_expertscale.families.declaration import MoEFamily, Stacking
+from nxdi_expertscale.hooking.patch import Patch, SeamStatus, State
 from nxdi_expertscale.plugins.hookspecs import hookimpl
 from nxdi_expertscale.version import __version__
 

@@ -6,73 +6,23 @@ nothing is skipped in silence, and a seam that does not fit never breaks the imp
 
 from __future__ import annotations
 
-import enum
 import importlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from types import CodeType, ModuleType
-from typing import Any
+from collections.abc import Sequence
+from types import ModuleType
 
 from nxdi_expertscale.errors import IncompatibleUpstreamError
+from nxdi_expertscale.hooking.patch import Patch, SeamStatus, State
 from nxdi_expertscale.hooking.watcher import ImportWatcher, is_loaded, name_of
-from nxdi_expertscale.hooking.wrapper import Installation, Place, Wrapper, find
+from nxdi_expertscale.hooking.wrapper import Installation, Place, find
 from nxdi_expertscale.plugins.manager import PluginManager, load_plugins, print_problems
 
 _logger = logging.getLogger("nxdi_expertscale")
 
 FEATURE = "expert_wise_scale"
 """The name by which upstream would know the feature, if it had it."""
-
-
-@dataclass(frozen=True)
-class Patch:
-    """One upstream function, and what is wrapped around it.
-
-    Attributes:
-        seam: Name of the seam in messages, such as ``config`` or ``state_dict:qwen3_moe``.
-        module: Upstream module that holds it; the patch is applied when it is imported.
-        attribute: Dotted name within the module, such as ``MoENeuronConfig.__init__``.
-        wrapper: What is called in its place, the wrapt way.
-        misfit: Says why the seam of this module is not the one that the patch knows, or None
-            where it fits. That the attribute exists and can be called is checked before.
-        native: Whether this upstream has the feature at this seam already.
-    """
-
-    seam: str
-    module: str
-    attribute: str
-    wrapper: Wrapper
-    misfit: Callable[[ModuleType], str | None] = lambda _module: None
-    native: Callable[[ModuleType], bool] = lambda _module: False
-
-
-class State(str, enum.Enum):
-    """What became of a patch."""
-
-    WAITING = "waiting"
-    """The module is not imported yet."""
-    APPLIED = "applied"
-    NATIVE = "native"
-    """Upstream has the feature itself; the patch stands aside."""
-    INCOMPATIBLE = "incompatible"
-    """The seam is not the one that the patch knows; the reason says how it differs."""
-
-    def __str__(self) -> str:
-        return self.value
-
-
-@dataclass(frozen=True)
-class SeamStatus:
-    """The state of one seam."""
-
-    seam: str
-    module: str
-    attribute: str
-    state: State
-    reason: str = ""
 
 
 class _Seam:
@@ -234,9 +184,9 @@ def _judge(patch: Patch, module: ModuleType, place: Place) -> tuple[State, str]:
     if not callable(current) and not isinstance(current, staticmethod | classmethod):
         return State.INCOMPATIBLE, f"{patch.module}.{patch.attribute} cannot be called"
     try:
-        if patch.native(module):
+        if patch.is_native(module):
             return State.NATIVE, "this upstream has the feature itself"
-        reason = patch.misfit(module)
+        reason = patch.find_incompatibility(module)
     except Exception as error:
         # Whatever is wrong with the seam must not break those who do not use the feature.
         return State.INCOMPATIBLE, f"{type(error).__name__}: {error}"
@@ -314,29 +264,3 @@ def require(seams: Sequence[str], *, load: bool = False) -> None:
             f"expert_wise_scale cannot work with this NxDI: {reason}. Turn expert_wise_scale off, "
             "or install a release that is supported (run 'nxdi-expertscale doctor')"
         )
-
-
-def mentions(function: Any, name: str) -> bool:
-    """Whether a function's own code uses a name; see :func:`words`."""
-    return name in words(function)
-
-
-def words(function: Any) -> frozenset[str]:
-    """What a function's own code names: variables, attributes, parameters and string constants.
-
-    Nested functions count. Wrappers around it are looked through. A text of several words, such
-    as a docstring, names nothing.
-    """
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    code = getattr(getattr(function, "__func__", function), "__code__", None)
-    return frozenset(_words(code) if isinstance(code, CodeType) else ())
-
-
-def _words(code: CodeType) -> Iterator[str]:
-    yield from (*code.co_names, *code.co_varnames)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _words(constant)
-        elif isinstance(constant, str) and not any(letter.isspace() for letter in constant):
-            yield constant

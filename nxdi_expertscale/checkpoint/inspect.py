@@ -22,7 +22,7 @@ from nxdi_expertscale.checkpoint.read.tensors import (
 )
 from nxdi_expertscale.checkpoint.read.values import ValueReader
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, read_manifest
-from nxdi_expertscale.families.declaration import ExpertTensor
+from nxdi_expertscale.families.tensor_names import ExpertTensor
 from nxdi_expertscale.numerics import fp8, scales
 
 

@@ -11,7 +11,9 @@ from nxdi_expertscale.checkpoint.read.config import layers_in
 from nxdi_expertscale.checkpoint.read.files import CONFIG, read_json
 from nxdi_expertscale.checkpoint.write.manifest import read_manifest
 from nxdi_expertscale.checkpoint.write.plan import effective_exclusions
-from nxdi_expertscale.families.declaration import language_config, require_family
+from nxdi_expertscale.families.config_fields import language_config
+from nxdi_expertscale.families.exclusions import expand_exclusions
+from nxdi_expertscale.families.lookup import require_family
 from nxdi_expertscale.plugins.manager import known_families
 
 
@@ -63,7 +65,7 @@ def neuron_settings(
         "quantization_type": "per_channel_symmetric",
         "quantization_dtype": "f8e4m3",
         "expert_wise_scale": True,
-        "modules_to_not_convert": list(family.in_both_worlds(exclusions, layers)),
+        "modules_to_not_convert": list(expand_exclusions(exclusions, layers, family)),
     }
     sizes = {"tp_degree": tp_degree, "batch_size": batch_size, "seq_len": seq_len}
     given = {name: value for name, value in sizes.items() if value is not None}

@@ -28,6 +28,7 @@ from nxdi_expertscale.checkpoint.write.plan import effective_exclusions
 from nxdi_expertscale.checkpoint.write.provenance import mismatch_of
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.families.exclusions import is_excluded
 from nxdi_expertscale.numerics import fp8
 
 OUTSIDE_LAYERS = "head"
@@ -158,7 +159,7 @@ def _check_treatments(
         if not weight.is_linear:
             continue
         name, scale = weight.tensor.name, weight.scale
-        kept = family.is_router_key(name) or family.excludes(weight.module, exclusions)
+        kept = family.names.is_router_key(name) or is_excluded(weight.module, exclusions, family)
         if kept and scale is not None:
             faults.append(Fault(name, "is quantized, and must be left as it is"))
         elif not kept and scale is None:

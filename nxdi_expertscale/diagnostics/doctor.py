@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nxdi_expertscale.activation import SeamStatus, State
 from nxdi_expertscale.diagnostics import probe
 from nxdi_expertscale.diagnostics.probe import Probe
+from nxdi_expertscale.hooking.patch import SeamStatus, State
 from nxdi_expertscale.patches import seams
 from nxdi_expertscale.plugins.manager import (
     ALLOW_LIST_VARIABLE,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nxdi_expertscale import activation
-from nxdi_expertscale.activation import SeamStatus, State
+from nxdi_expertscale.hooking.patch import SeamStatus, State
 
 NXDI = "neuronx_distributed_inference"
 NXD = "neuronx_distributed"

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from nxdi_expertscale.checkpoint.read.files import CONFIG, SINGLE_FILE
 from nxdi_expertscale.evaluation import decoder
-from nxdi_expertscale.families.declaration import QWEN3_MOE
+from nxdi_expertscale.families.built_in import QWEN3_MOE
 
 BYTES = 256
 """The vocabulary: a token is a byte."""
@@ -260,7 +260,7 @@ def spread_experts(model: Path, folder: Path, factor: int) -> None:
     experts = int(json.loads((model / CONFIG).read_text())["num_experts"])
     octaves = factor.bit_length() - 1
     for name, weight in weights.items():
-        place = QWEN3_MOE.parse_expert_key(name)
+        place = QWEN3_MOE.names.parse_expert_key(name)
         if place is None or place.projection == QWEN3_MOE.gate:
             continue
         exponent = round(octaves * place.expert / (experts - 1)) - octaves // 2

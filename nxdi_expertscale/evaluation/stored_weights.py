@@ -121,13 +121,13 @@ def with_averaged_scales(stored: StoredWeights, model: Architecture) -> Weights:
         return scales.average(torch.stack([stored.channel_scale(key) for key in keys]))[0]
 
     def weight(name: str) -> torch.Tensor:
-        place = family.parse_expert_key(name)
+        place = family.names.parse_expert_key(name)
         if place is None or not stored.is_quantized(name):
             return stored(name)
         return fp8.dequantize(stored.quantized(name), shared(place.layer, place.projection).T)
 
     if not any(
-        family.parse_expert_key(name) and stored.is_quantized(name) for name in stored.names
+        family.names.parse_expert_key(name) and stored.is_quantized(name) for name in stored.names
     ):
         raise CheckpointError(f"{stored.folder}: has no quantized experts; {_MAKE_IT}")
     return weight

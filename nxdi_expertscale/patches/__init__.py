@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from nxdi_expertscale.activation import Patch
-from nxdi_expertscale.families.declaration import BUILT_IN, MoEFamily
+from nxdi_expertscale.families.built_in import BUILT_IN
+from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import (
     application_base,
     config,

@@ -15,9 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nxdi_expertscale.activation import Patch, mentions
 from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
 from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.hooking.code import refers_to
+from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import seams
 from nxdi_expertscale.settings import flag
 
@@ -39,18 +40,18 @@ def patches(families: Sequence[MoEFamily]) -> list[Patch]:
             module=MODULE,
             attribute="NeuronApplicationBase.save_quantized_state_dict",
             wrapper=_saving(families),
-            misfit=_misfit,
+            find_incompatibility=_incompatibility,
         )
     ]
 
 
-def _misfit(module: ModuleType) -> str | None:
+def _incompatibility(module: ModuleType) -> str | None:
     save = module.NeuronApplicationBase.save_quantized_state_dict
     try:
         inspect.signature(save).bind("model_path", None)
     except TypeError as error:
         return f"save_quantized_state_dict is not called with (path, config): {error}"
-    if not mentions(save, "quantized_checkpoints_path"):
+    if not refers_to(save, "quantized_checkpoints_path"):
         return "save_quantized_state_dict does not write to quantized_checkpoints_path"
     return None
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nxdi_expertscale.activation import FEATURE, Patch, mentions, require
+from nxdi_expertscale.activation import FEATURE, require
 from nxdi_expertscale.errors import IncompatibleUpstreamError
 from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.hooking.code import refers_to
+from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import seams
 from nxdi_expertscale.settings import device_variables, flag
 
@@ -34,16 +36,16 @@ def patches(families: Sequence[MoEFamily]) -> list[Patch]:
             module=MODULE,
             attribute="MoENeuronConfig.__init__",
             wrapper=_accept_flag,
-            misfit=_config_misfit,
-            native=_is_native,
+            find_incompatibility=_config_incompatibility,
+            is_native=_is_native,
         ),
         Patch(
             seam=seams.INFERENCE_CONFIG,
             module=MODULE,
             attribute="InferenceConfig.__init__",
             wrapper=_checking_model(families),
-            misfit=_inference_config_misfit,
-            native=_is_native,
+            find_incompatibility=_inference_config_incompatibility,
+            is_native=_is_native,
         ),
         Patch(
             seam=seams.CONFIG_TO_JSON,
@@ -67,16 +69,16 @@ def patches(families: Sequence[MoEFamily]) -> list[Patch]:
 
 
 def _is_native(module: ModuleType) -> bool:
-    return mentions(module.MoENeuronConfig.__init__, FEATURE)
+    return refers_to(module.MoENeuronConfig.__init__, FEATURE)
 
 
-def _config_misfit(module: ModuleType) -> str | None:
+def _config_incompatibility(module: ModuleType) -> str | None:
     if not module.MoENeuronConfig.__dictoffset__:
         return "the attributes of a MoENeuronConfig are fixed"
     return None
 
 
-def _inference_config_misfit(module: ModuleType) -> str | None:
+def _inference_config_incompatibility(module: ModuleType) -> str | None:
     if "neuron_config" not in inspect.signature(module.InferenceConfig.__init__).parameters:
         return "InferenceConfig.__init__ takes no neuron_config"
     return None

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from nxdi_expertscale.activation import FEATURE, Patch, mentions
+from nxdi_expertscale.activation import FEATURE
+from nxdi_expertscale.hooking.code import refers_to
+from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import seams
 from nxdi_expertscale.settings import flag
 
@@ -24,22 +26,22 @@ def patches() -> list[Patch]:
             module=MODULE,
             attribute="setup_run_parser",
             wrapper=_add_option,
-            misfit=_misfit,
-            native=_is_native,
+            find_incompatibility=_incompatibility,
+            is_native=_is_native,
         )
     ]
 
 
 def _is_native(module: ModuleType) -> bool:
-    return any(mentions(module.setup_run_parser, name) for name in (FEATURE, OPTION))
+    return any(refers_to(module.setup_run_parser, name) for name in (FEATURE, OPTION))
 
 
-def _misfit(module: ModuleType) -> str | None:
+def _incompatibility(module: ModuleType) -> str | None:
     try:
         inspect.signature(module.setup_run_parser).bind(argparse.ArgumentParser())
     except TypeError as error:
         return f"setup_run_parser is not called with a parser: {error}"
-    if not mentions(getattr(module, "create_neuron_config", None), "vars"):
+    if not refers_to(getattr(module, "create_neuron_config", None), "vars"):
         return "create_neuron_config does not hand every argument to the config"
     return None
 

@@ -13,9 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from nxdi_expertscale.activation import FEATURE, Patch, mentions, require, unmet
+from nxdi_expertscale.activation import FEATURE, require, unmet
 from nxdi_expertscale.errors import ConfigurationError, IncompatibleUpstreamError
 from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.families.exclusions import are_experts_excluded
+from nxdi_expertscale.hooking.code import refers_to
+from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import config, seams
 from nxdi_expertscale.settings import flag
 
@@ -34,31 +37,31 @@ def patches(families: Sequence[MoEFamily]) -> list[Patch]:
             module=MODULE,
             attribute="convert",
             wrapper=_converting(families),
-            misfit=_convert_misfit,
-            native=_is_native,
+            find_incompatibility=_convert_incompatibility,
+            is_native=_is_native,
         ),
         Patch(
             seam=seams.LOAD_MODULE,
             module=MODULE,
             attribute="DecoderModelInstance.load_module",
             wrapper=_loading(families),
-            native=_is_native,
+            is_native=_is_native,
         ),
     ]
 
 
 def _is_native(module: ModuleType) -> bool:
     instance = getattr(module, "DecoderModelInstance", None)
-    return mentions(getattr(instance, "load_module", None), FEATURE)
+    return refers_to(getattr(instance, "load_module", None), FEATURE)
 
 
-def _convert_misfit(module: ModuleType) -> str | None:
+def _convert_incompatibility(module: ModuleType) -> str | None:
     parameters = inspect.signature(module.convert).parameters
     missing = [name for name in _PARAMETERS if name not in parameters]
     if missing:
         return f"convert has no parameter {missing[0]!r}"
     instance = getattr(module, "DecoderModelInstance", None)
-    if not mentions(getattr(instance, "load_module", None), "convert"):
+    if not refers_to(getattr(instance, "load_module", None), "convert"):
         return "DecoderModelInstance.load_module does not call convert"
     if not hasattr(quantization_config(), _EXPERT_WISE_SETTINGS):
         return f"NxD has no {_EXPERT_WISE_SETTINGS}"
@@ -90,7 +93,7 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
         if family is None:
             _refuse_unknown_family(neuron_config, model)
             return wrapped(*args, **kwargs)
-        strange = [name for name in experts if family.layer_of_module(name) is None]
+        strange = [name for name in experts if family.names.layer_of_module(name) is None]
         if flag.is_on(neuron_config):
             require(seams.needed_by_model(family), load=True)
             if strange:
@@ -217,8 +220,8 @@ def _kept_in_full_precision(
 
 
 def _is_excluded(name: str, excluded: Sequence[str], family: MoEFamily) -> bool:
-    layer = family.layer_of_module(name)
-    return layer is not None and family.excludes_experts(layer, excluded)
+    layer = family.names.layer_of_module(name)
+    return layer is not None and are_experts_excluded(layer, excluded, family)
 
 
 def _refuse_unknown_family(neuron_config: Any, model: Any) -> None:
@@ -275,7 +278,7 @@ def _check_exclusions(
     layers: Mapping[str, Any], excluded: Sequence[str], family: MoEFamily
 ) -> None:
     for name, layer in layers.items():
-        known = family.layer_of_module(name) is not None
+        known = family.names.layer_of_module(name) is not None
         if known and not _quantization_type(layer) and not _is_excluded(name, excluded, family):
             raise ConfigurationError(
                 f"modules_to_not_convert: NxDI left {name} unquantized, because one of "
@@ -299,7 +302,7 @@ def _check_expert_wise(
         shape = tuple(getattr(scale, "shape", ()))
         if wanted and (len(shape) != 3 or shape[:2] != (layer.weight.shape[0], 1)):
             raise _not_as_known(f"{name} has no scale of shape [E, 1, dim], but {shape or scale}")
-    numbers = (family.layer_of_module(name) for name in layers)
+    numbers = (family.names.layer_of_module(name) for name in layers)
     expected = [
         family.fused_key(number, fused).removesuffix(".weight")
         for number in numbers

@@ -13,9 +13,12 @@ from operator import attrgetter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nxdi_expertscale.activation import FEATURE, Patch, mentions, require, unmet, words
+from nxdi_expertscale.activation import FEATURE, require, unmet
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError, IncompatibleUpstreamError
 from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.families.exclusions import are_experts_excluded
+from nxdi_expertscale.hooking.code import names_in_code, refers_to
+from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import seams
 from nxdi_expertscale.patches.config import quantized_dtype
 from nxdi_expertscale.settings import flag
@@ -43,12 +46,12 @@ def _patch(family: MoEFamily) -> Patch:
         module=module,
         attribute=converter,
         wrapper=_fusing_scales(family),
-        misfit=lambda module: _misfit(module, family),
-        native=lambda module: mentions(attrgetter(converter)(module), FEATURE),
+        find_incompatibility=lambda module: _incompatibility(module, family),
+        is_native=lambda module: refers_to(attrgetter(converter)(module), FEATURE),
     )
 
 
-def _misfit(module: ModuleType, family: MoEFamily) -> str | None:
+def _incompatibility(module: ModuleType, family: MoEFamily) -> str | None:
     converter = family.converter.partition(":")[2]
     function = attrgetter(converter)(module)
     parameters = list(inspect.signature(function).parameters)
@@ -63,12 +66,12 @@ def _misfit(module: ModuleType, family: MoEFamily) -> str | None:
         for method in (owner.__dict__.get(_ENTRANCE),)
         if method is not None
     ]
-    if not callers or not all(mentions(caller, converter) for caller in callers):
+    if not callers or not all(refers_to(caller, converter) for caller in callers):
         return f"{_ENTRANCE} of {module.__name__} does not call {converter}"
     if family.converter_knows_scales:
         return None
     for part in (function, *callers):
-        scales = sorted(word for word in words(part) if "scale" in word)
+        scales = sorted(word for word in names_in_code(part) if "scale" in word)
         if scales:
             return f"{part.__qualname__} treats scales itself ({scales[0]!r})"
     return None
@@ -248,7 +251,7 @@ def _check_against_config(
 
     excluded = flag.exclusions(neuron_config)
     for layer in layers:
-        if family.excludes_experts(layer.layer, excluded):
+        if are_experts_excluded(layer.layer, excluded, family):
             raise ConfigurationError(
                 f"{layer.consumed[0]}: layer {layer.layer}'s experts are quantized in the "
                 f"checkpoint, and modules_to_not_convert keeps them in full precision; remove "
@@ -256,7 +259,7 @@ def _check_against_config(
             )
     for key, weight in state_dict.items():
         path, _, suffix = key.rpartition(".")
-        if suffix != "weight" or not fp8.is_quantized(weight) or family.is_router_key(key):
+        if suffix != "weight" or not fp8.is_quantized(weight) or family.names.is_router_key(key):
             continue
         if any(name in path for name in family.full_precision):
             raise CheckpointError(

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from nxdi_expertscale.activation import Patch
     from nxdi_expertscale.families.declaration import MoEFamily
+    from nxdi_expertscale.hooking.patch import Patch
 
 PROJECT = "nxdi"
 

@@ -14,7 +14,7 @@ from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.plugins import hookspecs
 
 if TYPE_CHECKING:
-    from nxdi_expertscale.activation import Patch
+    from nxdi_expertscale.hooking.patch import Patch
 
 ENTRY_POINT_GROUP = "nxdi.plugins"
 OWN_PLUGIN = "expertscale"
@@ -98,7 +98,7 @@ class PluginManager:
 
     def patches(self) -> tuple[Patch, ...]:
         """Every patch that the plugins contribute; a seam is patched by one only."""
-        from nxdi_expertscale.activation import Patch
+        from nxdi_expertscale.hooking.patch import Patch
 
         found: dict[str, Patch] = {}
         for plugin, patch in self._contributions("nxdi_patches", Patch, families=self.families()):

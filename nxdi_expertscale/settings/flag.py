@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nxdi_expertscale.errors import ConfigurationError
-from nxdi_expertscale.families.declaration import MoEFamily, why_unsupported
+from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.families.exclusions import are_experts_excluded
+from nxdi_expertscale.families.unsupported import why_unsupported
 from nxdi_expertscale.settings import expert_parallel
 
 _logger = logging.getLogger("nxdi_expertscale")
@@ -171,7 +173,7 @@ def check_shared_scale(
         return
     excluded = exclusions(neuron_config)
     layers = range(getattr(model_config, "num_hidden_layers", 0))
-    if all(family.excludes_experts(layer, excluded) for layer in layers):
+    if all(are_experts_excluded(layer, excluded, family) for layer in layers):
         return
     degree = max(expert_parallel.degrees(neuron_config))
     if reads_moe_settings and degree > 1:

@@ -21,6 +21,7 @@ import pytest
 import wrapt
 
 from nxdi_expertscale import IncompatibleUpstreamError, Patch, State, activation
+from nxdi_expertscale.hooking import code
 
 Write = Callable[..., None]
 Activate = Callable[..., activation.Activation]
@@ -474,8 +475,8 @@ def passing(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
         ({"attribute": "Gone.method"}, "target has no Gone.method"),
         ({"attribute": "Thing.gone"}, "target has no Thing.gone"),
         ({"attribute": "CALLS"}, "target.CALLS cannot be called"),
-        ({"misfit": lambda module: "it is another one"}, "it is another one"),
-        ({"misfit": lambda module: 1 / 0}, "ZeroDivisionError: division by zero"),
+        ({"find_incompatibility": lambda module: "it is another one"}, "it is another one"),
+        ({"find_incompatibility": lambda module: 1 / 0}, "ZeroDivisionError: division by zero"),
         ({"native": lambda module: 1 / 0}, "ZeroDivisionError: division by zero"),
     ],
 )
@@ -516,7 +517,9 @@ def test_class_that_cannot_be_changed_is_incompatible(
 
 def test_native_feature_is_left_alone_and_counts(write_module: Write, activate: Activate) -> None:
     write_module(target=TARGET)
-    activate(patch(native=lambda module: True, misfit=lambda module: "never asked"))
+    activate(
+        patch(is_native=lambda module: True, find_incompatibility=lambda module: "never asked")
+    )
     import target
 
     assert target.compute(1) == 2
@@ -578,10 +581,10 @@ def test_mentions_looks_into_nested_functions_and_through_wrappers() -> None:
     wrapped = wrapt.FunctionWrapper(staticmethod(outer), passing)
 
     for name in ("a_key", "an_attribute", "value"):
-        assert activation.mentions(wrapped, name)
-    assert not activation.mentions(wrapped, "another")
-    assert not activation.mentions(None, "value")
-    assert not activation.mentions(len, "value")
+        assert code.refers_to(wrapped, name)
+    assert not code.refers_to(wrapped, "another")
+    assert not code.refers_to(None, "value")
+    assert not code.refers_to(len, "value")
 
 
 def test_importing_the_package_imports_neither_torch_nor_upstream() -> None:

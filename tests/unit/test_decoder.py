@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, 
 
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.evaluation import decoder
-from nxdi_expertscale.families.declaration import LLAMA4, MIXTRAL, QWEN3_MOE, MoEFamily
+from nxdi_expertscale.families.built_in import LLAMA4, MIXTRAL, QWEN3_MOE
+from nxdi_expertscale.families.declaration import MoEFamily
 
 ROUNDING = 1e-5
 TOKENS = torch.randint(128, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -113,5 +114,5 @@ def test_experts_without_tokens_are_not_asked_for() -> None:
 
     decoder.feed_forward(torch.randn(1, model.hidden_size), weights, 0, model)
 
-    experts = {place.expert for name in asked if (place := QWEN3_MOE.parse_expert_key(name))}
+    experts = {place.expert for name in asked if (place := QWEN3_MOE.names.parse_expert_key(name))}
     assert len(experts) == model.experts_per_token

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from nxdi_expertscale.activation import State, status
+from nxdi_expertscale.activation import status
 from nxdi_expertscale.diagnostics import doctor, probe
+from nxdi_expertscale.hooking.patch import State
 
 
 @pytest.fixture

@@ -3,19 +3,24 @@ from __future__ import annotations
 import pytest
 
 from nxdi_expertscale.errors import ConfigurationError
-from nxdi_expertscale.families.declaration import MIXTRAL, QWEN3_MOE
+from nxdi_expertscale.families.built_in import MIXTRAL, QWEN3_MOE
+from nxdi_expertscale.families.exclusions import (
+    are_experts_excluded,
+    expand_exclusions,
+    is_excluded,
+)
 
 
 @pytest.mark.parametrize("name", ["layers.1.mlp.experts", "model.layers.1.mlp.expert_mlps"])
 def test_experts_of_a_layer_are_named_in_both_worlds(name: str) -> None:
-    found = QWEN3_MOE.in_both_worlds(["lm_head", name], layers=12)
+    found = expand_exclusions(["lm_head", name], 12, QWEN3_MOE)
 
     assert found[0] == "lm_head"
     assert set(found[1:]) == {"layers.1.mlp.experts", "layers.1.mlp.expert_mlps"}
 
 
 def test_all_experts_are_named_layer_by_layer() -> None:
-    found = MIXTRAL.in_both_worlds(["block_sparse_moe.experts"], layers=2)
+    found = expand_exclusions(["block_sparse_moe.experts"], 2, MIXTRAL)
 
     assert found == (
         "block_sparse_moe.experts",
@@ -28,11 +33,11 @@ def test_all_experts_are_named_layer_by_layer() -> None:
 
 def test_one_expert_cannot_be_named() -> None:
     with pytest.raises(ConfigurationError, match=r"name all experts of the layer: 'layers\.1"):
-        QWEN3_MOE.excludes("model.layers.1.mlp.experts.3.up_proj", ["layers.1.mlp.experts.3"])
+        is_excluded("model.layers.1.mlp.experts.3.up_proj", ["layers.1.mlp.experts.3"], QWEN3_MOE)
 
 
 def test_a_lone_prefix_names_nothing() -> None:
-    assert not QWEN3_MOE.excludes("lm_head", ["model."])
+    assert not is_excluded("lm_head", ["model."], QWEN3_MOE)
 
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj"
@@ -53,8 +58,8 @@ EXPERT = "model.layers.1.mlp.experts.3.up_proj"
     ],
 )
 def test_an_expert_is_decided_with_all_of_its_layer(names: list[str], excluded: bool) -> None:
-    assert QWEN3_MOE.excludes(EXPERT, names) is excluded
-    assert QWEN3_MOE.excludes_experts(1, names) is excluded
+    assert is_excluded(EXPERT, names, QWEN3_MOE) is excluded
+    assert are_experts_excluded(1, names, QWEN3_MOE) is excluded
 
 
 @pytest.mark.parametrize(
@@ -70,7 +75,7 @@ def test_a_part_of_what_is_fused_is_refused_with_what_to_name(
     names: list[str], refused: str
 ) -> None:
     with pytest.raises(ConfigurationError) as error:
-        QWEN3_MOE.excludes(EXPERT, names)
+        is_excluded(EXPERT, names, QWEN3_MOE)
 
     assert f"modules_to_not_convert: {refused!r} names a part" in str(error.value)
     assert str(error.value).endswith("name all experts of the layer: 'layers.1.mlp.experts'")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nxdi_expertscale import CheckpointError
-from nxdi_expertscale.families.declaration import MIXTRAL, QWEN3_MOE, MoEFamily
+from nxdi_expertscale.families.built_in import MIXTRAL, QWEN3_MOE
+from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.loading import expert_scales
 from nxdi_expertscale.numerics import fp8
 

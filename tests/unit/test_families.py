@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from nxdi_expertscale import CheckpointError, ConfigurationError, MoEFamily
-from nxdi_expertscale.families import declaration
-from nxdi_expertscale.families.declaration import BUILT_IN, LLAMA4, MIXTRAL, QWEN3_MOE, ExpertTensor
+from nxdi_expertscale.families import config_fields, lookup, unsupported
+from nxdi_expertscale.families.built_in import BUILT_IN, LLAMA4, MIXTRAL, QWEN3_MOE
+from nxdi_expertscale.families.tensor_names import ExpertTensor
 
 by_name = pytest.mark.parametrize("family", BUILT_IN, ids=lambda family: family.name)
 
@@ -23,16 +24,16 @@ def test_an_experts_name_that_is_written_can_be_read(
 ) -> None:
     for projection in family.projections:
         key = prefix + family.expert_key(12, 345, projection, suffix)
-        assert family.parse_expert_key(key) == ExpertTensor(12, 345, projection, suffix)
-        assert not family.is_router_key(key)
+        assert family.names.parse_expert_key(key) == ExpertTensor(12, 345, projection, suffix)
+        assert not family.names.is_router_key(key)
 
 
 @by_name
 def test_a_routers_name_that_is_written_can_be_read(family: MoEFamily) -> None:
     for suffix in ("weight", "scale"):
-        assert family.is_router_key(family.router_key(3, suffix))
-        assert family.is_router_key(f"model.{family.router_key(3, suffix)}")
-    assert family.parse_expert_key(family.router_key(3)) is None
+        assert family.names.is_router_key(family.router_key(3, suffix))
+        assert family.names.is_router_key(f"model.{family.router_key(3, suffix)}")
+    assert family.names.parse_expert_key(family.router_key(3)) is None
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_a_routers_name_that_is_written_can_be_read(family: MoEFamily) -> None:
     ],
 )
 def test_another_tensor_is_no_experts(key: str) -> None:
-    assert QWEN3_MOE.parse_expert_key(key) is None
+    assert QWEN3_MOE.names.parse_expert_key(key) is None
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_another_tensor_is_no_experts(key: str) -> None:
     ],
 )
 def test_another_tensor_is_no_routers(key: str) -> None:
-    assert not QWEN3_MOE.is_router_key(key)
+    assert not QWEN3_MOE.names.is_router_key(key)
 
 
 def test_names_are_those_of_nxdi() -> None:
@@ -89,9 +90,9 @@ def test_names_are_those_of_nxdi() -> None:
 def test_the_layer_of_a_module_is_that_of_its_fused_experts(family: MoEFamily) -> None:
     path = family.expert_mlps.format(layer=17)
     for module in (path, f"{path}.mlp_op.down_proj", f"target_model.{path}.mlp_op"):
-        assert family.layer_of_module(module) == 17
+        assert family.names.layer_of_module(module) == 17
     for module in (f"{path}_v2.mlp_op", f"x{path}", "layers.17.self_attn", "lm_head"):
-        assert family.layer_of_module(module) is None
+        assert family.names.layer_of_module(module) is None
 
 
 @pytest.mark.parametrize(
@@ -151,11 +152,11 @@ def test_sizes_of_a_model_that_also_sees_are_those_of_its_language_model() -> No
 
 
 def test_family_of_a_model_type() -> None:
-    assert declaration.family_of("qwen3_moe", BUILT_IN) is QWEN3_MOE
-    assert declaration.family_of("mixtral", BUILT_IN) is MIXTRAL
-    assert declaration.family_of("qwen3", BUILT_IN) is None
-    assert declaration.family_of(None, BUILT_IN) is None
-    assert declaration.require_family("mixtral", BUILT_IN, "config.json") is MIXTRAL
+    assert lookup.family_of("qwen3_moe", BUILT_IN) is QWEN3_MOE
+    assert lookup.family_of("mixtral", BUILT_IN) is MIXTRAL
+    assert lookup.family_of("qwen3", BUILT_IN) is None
+    assert lookup.family_of(None, BUILT_IN) is None
+    assert lookup.require_family("mixtral", BUILT_IN, "config.json") is MIXTRAL
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_another_model_type_is_refused_naming_the_file(
     model_type: str | None, known: tuple[MoEFamily, ...], says: str
 ) -> None:
     with pytest.raises(CheckpointError, match=rf"^a/config.json: model_type .*{says}"):
-        declaration.require_family(model_type, known, "a/config.json")
+        lookup.require_family(model_type, known, "a/config.json")
 
 
 def test_every_built_in_family_is_of_another_name_and_type() -> None:
@@ -185,9 +186,9 @@ def test_stacked_experts_are_named_by_their_layer() -> None:
     key = QWEN3_MOE.stacked_key(3, "gate_up_proj")
 
     assert key == "layers.3.mlp.experts.gate_up_proj"
-    assert QWEN3_MOE.parse_stacked_key(f"model.{key}") == (3, "gate_up_proj")
+    assert QWEN3_MOE.names.parse_stacked_key(f"model.{key}") == (3, "gate_up_proj")
     assert MIXTRAL.stacked is None
-    assert MIXTRAL.parse_stacked_key("layers.3.block_sparse_moe.experts.gate_up_proj") is None
+    assert MIXTRAL.names.parse_stacked_key("layers.3.block_sparse_moe.experts.gate_up_proj") is None
 
 
 @pytest.mark.parametrize(
@@ -201,12 +202,12 @@ def test_stacked_experts_are_named_by_their_layer() -> None:
     ],
 )
 def test_embeddings_are_tied_where_the_config_says_so(config: dict[str, Any], tied: bool) -> None:
-    assert declaration.ties_embeddings(config) is tied
+    assert config_fields.ties_embeddings(config) is tied
 
 
 def test_unsupported_model_without_a_type_is_known_by_its_module() -> None:
     module = "neuronx_distributed_inference.models.dbrx.modeling_dbrx"
 
-    assert "DBRX" in str(declaration.why_unsupported(None, [module]))
-    assert declaration.why_unsupported("qwen3_moe", [module]) is None
-    assert declaration.why_unsupported(None, ["another"]) is None
+    assert "DBRX" in str(unsupported.why_unsupported(None, [module]))
+    assert unsupported.why_unsupported("qwen3_moe", [module]) is None
+    assert unsupported.why_unsupported(None, ["another"]) is None

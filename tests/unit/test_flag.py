@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nxdi_expertscale import ConfigurationError
-from nxdi_expertscale.families.declaration import BUILT_IN, MIXTRAL, QWEN3_MOE
+from nxdi_expertscale.families.built_in import BUILT_IN, MIXTRAL, QWEN3_MOE
 from nxdi_expertscale.settings import flag
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import nxdi_expertscale
-from nxdi_expertscale.families import declaration
+from nxdi_expertscale.families import built_in, declaration
 from nxdi_expertscale.plugins import manager
 
 Install = Callable[..., None]
@@ -52,7 +52,7 @@ def names(found: Sequence[declaration.MoEFamily]) -> list[str]:
     return [family.name for family in found]
 
 
-BUILT_IN = names(declaration.BUILT_IN)
+BUILT_IN = names(built_in.BUILT_IN)
 
 
 @pytest.mark.parametrize(

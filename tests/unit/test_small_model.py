@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nxdi_expertscale.evaluation import decoder, small_model
-from nxdi_expertscale.families.declaration import QWEN3_MOE
+from nxdi_expertscale.families.built_in import QWEN3_MOE
 
 CONFIG = small_model.qwen3_moe_config(hidden_size=32, moe_intermediate_size=16)
 CORPUS = small_model.Corpus(training="for x in y:\n" * 80, held_out="for x in y:\n" * 40)

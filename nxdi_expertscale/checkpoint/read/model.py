@@ -10,7 +10,8 @@ from nxdi_expertscale.checkpoint.read.files import CONFIG, Checkpoint, open_chec
 from nxdi_expertscale.checkpoint.read.tensors import FLOATS
 from nxdi_expertscale.checkpoint.safetensors_format import ITEM_SIZES, StoredTensor
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families.declaration import MoEFamily, Stacking, require_family
+from nxdi_expertscale.families.declaration import MoEFamily, Stacking
+from nxdi_expertscale.families.lookup import require_family
 from nxdi_expertscale.plugins.manager import known_families
 
 MAX_TENSORS = 1 << 20
@@ -49,7 +50,7 @@ def open_model(folder: str | os.PathLike[str]) -> tuple[Checkpoint, MoEFamily]:
 def _one_by_one(
     checkpoint: Checkpoint, family: MoEFamily, stored: StoredTensor
 ) -> Iterator[StoredTensor]:
-    place = family.parse_stacked_key(stored.name)
+    place = family.names.parse_stacked_key(stored.name)
     if place is None:
         yield stored
         return

@@ -16,12 +16,9 @@ from nxdi_expertscale.checkpoint.read.config import MAX_LAYERS, layers_in, size_
 from nxdi_expertscale.checkpoint.read.files import CONFIG, Checkpoint
 from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families.declaration import (
-    ExpertTensor,
-    MoEFamily,
-    language_config,
-    ties_embeddings,
-)
+from nxdi_expertscale.families.config_fields import language_config, ties_embeddings
+from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.families.tensor_names import ExpertTensor
 
 FLOATS = ("BF16", "F16", "F32")
 """Dtypes of weights that hold their values as they are."""
@@ -187,7 +184,7 @@ def _with_scale(
     scale: StoredTensor | None,
     scheme: Scheme | None,
 ) -> Weight:
-    expert = family.parse_expert_key(tensor.name)
+    expert = family.names.parse_expert_key(tensor.name)
     is_linear = _is_linear(tensor, family)
     where = f"{checkpoint.folder / tensor.file}: {tensor.name}"
     if 0 in tensor.shape or as_rows(tensor.shape)[1] > MAX_COLUMNS:
@@ -269,7 +266,7 @@ def check_architecture(checkpoint: Checkpoint, family: MoEFamily) -> None:
         )
     found: dict[int, set[tuple[int, str]]] = defaultdict(set)
     for name, tensor in checkpoint.tensors.items():
-        place = family.parse_expert_key(name)
+        place = family.names.parse_expert_key(name)
         if place is not None and place.suffix == "weight":
             found[place.layer].add((place.expert, place.projection))
             shape = (hidden, inner) if place.projection == family.down else (inner, hidden)

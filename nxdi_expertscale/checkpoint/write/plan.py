@@ -22,7 +22,9 @@ from nxdi_expertscale.checkpoint.read.tensors import (
     read_weights,
 )
 from nxdi_expertscale.checkpoint.safetensors_format import NewTensor, lay_out
-from nxdi_expertscale.families.declaration import MoEFamily, ties_embeddings
+from nxdi_expertscale.families.config_fields import ties_embeddings
+from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.families.exclusions import is_excluded
 
 LM_HEAD = "lm_head"
 
@@ -143,7 +145,8 @@ def make_plan(
     Args:
         checkpoint: The source.
         family: Its family.
-        modules_to_not_convert: Modules that stay as they are; see :meth:`MoEFamily.excludes`.
+        modules_to_not_convert: Modules that stay as they are; see
+            :func:`~nxdi_expertscale.families.exclusions.is_excluded`.
         max_shard_bytes: Size at which a new file is begun.
 
     Raises:
@@ -183,7 +186,7 @@ def _unused(
 ) -> Iterator[str]:
     modules = {weight.module for weight in weights} | {LM_HEAD}
     for exclusion in exclusions:
-        if not any(family.excludes(module, [exclusion]) for module in modules):
+        if not any(is_excluded(module, [exclusion], family) for module in modules):
             yield exclusion
 
 
@@ -202,8 +205,8 @@ def quantized_tensors(
 def _is_to_be_quantized(weight: Weight, family: MoEFamily, exclusions: Collection[str]) -> bool:
     return (
         weight.is_linear
-        and not family.is_router_key(weight.tensor.name)
-        and not family.excludes(weight.module, exclusions)
+        and not family.names.is_router_key(weight.tensor.name)
+        and not is_excluded(weight.module, exclusions, family)
     )
 
 

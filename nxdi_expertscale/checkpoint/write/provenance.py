@@ -24,7 +24,7 @@ from nxdi_expertscale.checkpoint.write.manifest import (
 )
 from nxdi_expertscale.checkpoint.write.plan import quantized_tensors
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families.declaration import require_family
+from nxdi_expertscale.families.lookup import require_family
 from nxdi_expertscale.plugins.manager import known_families
 
 

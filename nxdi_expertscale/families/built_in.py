@@ -1,0 +1,55 @@
+"""The families that are built in: those of NxDI's own models."""
+
+from __future__ import annotations
+
+from nxdi_expertscale.families.declaration import DecoderTraits, MoEFamily, Stacking
+
+QWEN3_MOE = MoEFamily(
+    name="qwen3_moe",
+    model_types=("qwen3_moe",),
+    converter=(
+        "neuronx_distributed_inference.models.qwen3_moe.modeling_qwen3_moe"
+        ":convert_qwen3_moe_hf_to_neuron_state_dict"
+    ),
+    stacked=Stacking.OUTPUTS_FIRST,
+    decoder=DecoderTraits(head_norm=True, normalizes_top_k=False),
+)
+
+MIXTRAL = MoEFamily(
+    name="mixtral",
+    model_types=("mixtral",),
+    converter=(
+        "neuronx_distributed_inference.models.mixtral.modeling_mixtral"
+        ":convert_mixtral_to_neuron_state_dict"
+    ),
+    experts="layers.{layer}.block_sparse_moe.experts",
+    router="layers.{layer}.block_sparse_moe.gate",
+    gate="w1",
+    up="w3",
+    down="w2",
+    num_experts=("num_local_experts",),
+    intermediate_size=("intermediate_size",),
+    decoder=DecoderTraits(head_norm=False, normalizes_top_k=True),
+)
+
+_LLAMA4 = "neuronx_distributed_inference.models.llama4.modeling_llama4_text"
+
+LLAMA4 = MoEFamily(
+    name="llama4",
+    model_types=("llama4", "llama4_text"),
+    converter=f"{_LLAMA4}:NeuronLlama4TextForCausalLM.convert_hf_to_neuron_state_dict",
+    experts="language_model.model.layers.{layer}.feed_forward.experts",
+    router="language_model.model.layers.{layer}.feed_forward.router",
+    expert_mlps="layers.{layer}.feed_forward.moe.expert_mlps",
+    embeddings="language_model.model.embed_tokens",
+    head="language_model.lm_head",
+    prefixes=("",),
+    stacked=Stacking.INPUTS_FIRST,
+    converter_reads_stacked=True,
+    converter_knows_scales=True,
+    full_precision=("lm_head", "shared_expert", "vision_model", "multi_modal_projector"),
+    num_experts=("num_local_experts",),
+    intermediate_size=("intermediate_size",),
+)
+
+BUILT_IN: tuple[MoEFamily, ...] = (QWEN3_MOE, MIXTRAL, LLAMA4)

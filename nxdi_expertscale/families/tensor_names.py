@@ -1,0 +1,88 @@
+"""Reads the place of a tensor or module, its layer and expert, from its dotted name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+_NUMBER = "(?:0|[1-9][0-9]{0,8})"
+"""A number as models write it: ASCII, without leading zeros, and not of a million digits."""
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """The place of one expert's tensor, read from its name in a checkpoint."""
+
+    layer: int
+    expert: int
+    projection: str
+    """The family's own name of the projection: ``gate_proj``, ``w1``, …"""
+    suffix: str
+    """What follows the projection: ``weight``, ``scale``, ``weight_scale``, …"""
+
+
+class TensorNames:
+    """Reads the names of one family, in checkpoints and among NxDI's modules."""
+
+    def __init__(
+        self,
+        *,
+        experts: str,
+        router: str,
+        expert_mlps: str,
+        projections: Iterable[str],
+        stacked: Collection[str],
+    ) -> None:
+        """Make a reader from a family's paths, each with ``{layer}`` for the layer's number.
+
+        Args:
+            experts: Path of a layer's experts in a checkpoint.
+            router: Path of a layer's router in a checkpoint.
+            expert_mlps: Path of a layer's fused experts among NxDI's modules.
+            projections: Names of an expert's projections.
+            stacked: Names of the tensors with all experts of a layer; none where there are none.
+        """
+        names = _any_of(projections)
+        self._expert = re.compile(
+            rf"(?:^|\.){_with_layer(experts)}\.(?P<expert>{_NUMBER})"
+            rf"\.(?P<projection>{names})\.(?P<suffix>\w+)\Z"
+        )
+        self._router = re.compile(rf"(?:^|\.){_with_layer(router)}\.\w+\Z")
+        self._module = re.compile(rf"(?:^|\.){_with_layer(expert_mlps)}(?:\.|$)")
+        self._stacked = (
+            re.compile(rf"(?:^|\.){_with_layer(experts)}\.(?P<fused>{_any_of(stacked)})\Z")
+            if stacked
+            else None
+        )
+
+    def parse_expert_key(self, key: str) -> ExpertTensor | None:
+        """Read the place of an expert's tensor from its name; None if it is another tensor's."""
+        match = self._expert.search(key)
+        if match is None:
+            return None
+        return ExpertTensor(
+            int(match["layer"]), int(match["expert"]), match["projection"], match["suffix"]
+        )
+
+    def parse_stacked_key(self, key: str) -> tuple[int, str] | None:
+        """Read the layer and the fused name of a tensor with all experts; None if it is none."""
+        match = self._stacked.search(key) if self._stacked is not None else None
+        return (int(match["layer"]), match["fused"]) if match else None
+
+    def is_router_key(self, key: str) -> bool:
+        """Whether a name is that of a router's tensor."""
+        return self._router.search(key) is not None
+
+    def layer_of_module(self, module: str) -> int | None:
+        """The layer that a module's dotted path lies in, if it is one of the fused experts."""
+        match = self._module.search(module)
+        return int(match["layer"]) if match else None
+
+
+def _with_layer(path: str) -> str:
+    return re.escape(path).replace(re.escape("{layer}"), rf"(?P<layer>{_NUMBER})")
+
+
+def _any_of(names: Iterable[str]) -> str:
+    return "|".join(re.escape(name) for name in names)
