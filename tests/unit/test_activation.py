@@ -477,7 +477,7 @@ def passing(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
         ({"attribute": "CALLS"}, "target.CALLS cannot be called"),
         ({"find_incompatibility": lambda module: "it is another one"}, "it is another one"),
         ({"find_incompatibility": lambda module: 1 / 0}, "ZeroDivisionError: division by zero"),
-        ({"native": lambda module: 1 / 0}, "ZeroDivisionError: division by zero"),
+        ({"is_native": lambda module: 1 / 0}, "ZeroDivisionError: division by zero"),
     ],
 )
 def test_seam_that_does_not_fit_is_left_alone_and_said_so(
