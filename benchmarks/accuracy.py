@@ -42,7 +42,7 @@ from nxdi_expertscale.evaluation.evaluate import Evaluation, evaluate_checkpoint
 from nxdi_expertscale.evaluation.stored_weights import StoredWeights, with_averaged_scales
 from nxdi_expertscale.families.built_in import QWEN3_MOE
 from nxdi_expertscale.numerics import scales
-from tests.upstream import targets
+from tests.harness import targets
 
 MODEL = small_model.qwen3_moe_config(hidden_size=128, moe_intermediate_size=128)
 RECIPE = small_model.Recipe(steps=800, batch=16, learning_rate=3e-3)

@@ -35,7 +35,7 @@ from nxdi_expertscale.checkpoint import quantize_checkpoint
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
 from nxdi_expertscale.evaluation import decoder
 from nxdi_expertscale.families.built_in import QWEN3_MOE
-from tests.upstream import targets
+from tests.harness import targets
 
 LAYER: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -89,7 +89,7 @@ def make_checkpoint(folder: Path) -> None:
 
 
 def settings(quantized: Path, *, expert_wise: bool) -> dict[str, Any]:
-    from tests.upstream import running
+    from tests.harness import running
 
     return {
         **running.FP8,
@@ -104,7 +104,7 @@ def settings(quantized: Path, *, expert_wise: bool) -> dict[str, Any]:
 
 def conversion(model: Path, quantized: Path) -> dict[str, float]:
     """Seconds of NxDI's converter, and of what is around it; the best of several runs."""
-    from tests.upstream import running
+    from tests.harness import running
 
     module = sys.modules[running.application_cls(model).__module__]
     patched: Any = getattr(module, CONVERTER)
@@ -149,7 +149,7 @@ class _Operations(TorchDispatchMode):
 
 def forward(model: Path, quantized: Path) -> dict[str, dict[str, float]]:
     """Seconds, operations and bytes of scales of the quantized experts, for each kind of scales."""
-    from tests.upstream import running
+    from tests.harness import running
 
     loaded = {
         name: running.load(model, **settings(quantized, expert_wise=flag))
@@ -189,7 +189,7 @@ def child(task: str, release: str, model: Path, quantized: Path) -> dict[str, An
         import nxdi_expertscale
 
         nxdi_expertscale.activate()
-    from tests.upstream import ranks, running
+    from tests.harness import ranks, running
 
     with tempfile.TemporaryDirectory() as store, ranks.parallel_state(0, 1, Path(store, "rank")):
         if task == "conversion":

@@ -52,10 +52,10 @@ print("STEP", time.perf_counter() - started)
 NXDI = """
 import sys, time
 from pathlib import Path
-from tests.upstream.targets import Target
+from tests.harness.targets import Target
 upstream = Path(sys.argv[3])
 Target(upstream.name, (upstream / "nxdi" / "src", upstream / "nxd" / "src")).prepare()
-from tests.upstream import running
+from tests.harness import running
 started = time.perf_counter()
 running.quantize(Path(sys.argv[1]), Path(sys.argv[2]))
 print("STEP", time.perf_counter() - started)

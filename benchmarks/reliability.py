@@ -40,7 +40,7 @@ from rich.table import Table
 
 from nxdi_expertscale.checkpoint import quantize
 from nxdi_expertscale.cli import commands
-from tests import checkpoints
+from tests.harness import checkpoints
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 10_000

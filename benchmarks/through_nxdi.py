@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nxdi_expertscale  # noqa: F401  (activates it)
-from tests.upstream import targets
+from tests.harness import targets
 
 WINDOWS = "windows"
 
@@ -31,7 +31,7 @@ def logits(model: Path, quantized: Path, windows: torch.Tensor) -> dict[str, tor
 
     NxDI is importable, and its parallel state is that of one rank.
     """
-    from tests.upstream import running
+    from tests.harness import running
 
     length = windows.shape[1]
     bucket = {"seq_len": length, "max_context_length": length}
@@ -54,7 +54,7 @@ def logits(model: Path, quantized: Path, windows: torch.Tensor) -> dict[str, tor
 
 def main(release: str, model: Path, quantized: Path, windows: Path, out: Path) -> None:
     targets.all_targets()[release].prepare()
-    from tests.upstream import ranks
+    from tests.harness import ranks
 
     batch = load_file(windows)[WINDOWS]
     with tempfile.TemporaryDirectory() as store, ranks.parallel_state(0, 1, Path(store, "rank")):

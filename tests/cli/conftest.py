@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.installed import Environment, build_wheel
+from tests.harness.installed import Environment, build_wheel
 
 
 @pytest.fixture(scope="session")

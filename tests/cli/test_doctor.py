@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.installed import Environment
-from tests.upstream import targets
+from tests.harness import targets
+from tests.harness.installed import Environment
 
 
 def diagnosis(

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.cli.installed import Environment, build_wheel
-from tests.upstream.targets import DOUBLE
+from tests.harness.installed import Environment, build_wheel
+from tests.harness.targets import DOUBLE
 
 EXAMPLE = Path(__file__).parents[1] / "example_plugin"
 EXPERTS, HIDDEN, INNER, VOCABULARY = 4, 24, 10, 16

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.installed import Environment
-from tests.upstream import models, targets
+from tests.harness import models, targets
+from tests.harness.installed import Environment
 
 OPTION = "--expert-wise-scale"
 MODULE = "neuronx_distributed_inference.inference_demo"

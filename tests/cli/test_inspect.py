@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint
 from nxdi_expertscale.cli.commands import cli
-from tests import checkpoints
+from tests.harness import checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.installed import ROOT, Environment, run
+from tests.harness.installed import ROOT, Environment, run
 
 START_UP = ("py", "pth", "start")
 SHIPPED_BESIDE = {

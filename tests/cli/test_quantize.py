@@ -12,7 +12,7 @@ import pytest
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint
 from nxdi_expertscale.errors import CheckpointError
-from tests import checkpoints
+from tests.harness import checkpoints
 
 COMMAND = [sys.executable, "-m", "nxdi_expertscale"]
 

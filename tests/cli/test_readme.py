@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import readme
-from tests.cli.installed import Environment
-from tests.upstream import models, targets
+from tests.harness import models, readme, targets
+from tests.harness.installed import Environment
 
 every_target = pytest.mark.parametrize("target", list(targets.all_targets()))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.installed import ROOT, Environment, run
+from tests.harness.installed import ROOT, Environment, run
 
 START_UP_FILES = {
     "nxdi_expertscale_startup.pth",

@@ -8,7 +8,7 @@ import logging
 
 import pytest
 
-from tests.cli.installed import Environment
+from tests.harness.installed import Environment
 
 LOAD = """
 import json, logging, sys

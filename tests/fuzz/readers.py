@@ -24,9 +24,9 @@ from nxdi_expertscale.checkpoint.write.staging import WORK
 from nxdi_expertscale.errors import ExpertScaleError
 from nxdi_expertscale.evaluation.decoder import read_architecture
 from nxdi_expertscale.evaluation.stored_weights import StoredWeights
-from tests import checkpoints
 from tests.fuzz.guard import guarded
 from tests.fuzz.recipes import Files, Folder, Step
+from tests.harness import checkpoints
 
 SETTINGS: dict[str, Any] = {"workers": 1, "max_shard_bytes": 40_000}
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.installed import ROOT, Environment, build_wheel, run
+from tests.harness.installed import ROOT, Environment, build_wheel, run
 
 VERSIONS = ("3.10", "3.11", "3.12")
 TORCHES = ("2.5.1", "2.9.1", "2.13.0")

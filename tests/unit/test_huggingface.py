@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint
-from tests import checkpoints
+from tests.harness import checkpoints
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")

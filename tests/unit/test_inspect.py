@@ -9,7 +9,7 @@ import torch
 from nxdi_expertscale.checkpoint import inspect_checkpoint, quantize_checkpoint
 from nxdi_expertscale.cli import plots
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
-from tests import checkpoints
+from tests.harness import checkpoints
 
 
 def error_by_hand(values: checkpoints.Tensors, layer: int) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint
-from tests import checkpoints
+from tests.harness import checkpoints
 
 KILLS = int(os.environ.get("NXDI_EXPERTSCALE_KILLS", "60"))
 """How often a run is killed; more in the environment for a long test."""

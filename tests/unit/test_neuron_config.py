@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nxdi_expertscale.checkpoint import neuron_settings, quantize_checkpoint
-from tests import checkpoints
+from tests.harness import checkpoints
 
 
 def test_settings_name_the_folder_the_numbers_and_the_exclusions_of_both_worlds(

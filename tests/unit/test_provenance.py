@@ -8,7 +8,7 @@ import pytest
 
 from nxdi_expertscale.checkpoint import is_untouched, mismatch, quantize_checkpoint
 from nxdi_expertscale.errors import CheckpointError
-from tests import checkpoints
+from tests.harness import checkpoints
 
 
 @pytest.fixture

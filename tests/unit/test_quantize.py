@@ -15,7 +15,7 @@ from nxdi_expertscale.checkpoint.write.staging import WORK, Staging
 from nxdi_expertscale.checkpoint.write.stream import _OpenShard
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 from nxdi_expertscale.numerics import fp8
-from tests import checkpoints
+from tests.harness import checkpoints
 
 INDEX = "model.safetensors.index.json"
 SMALL = 20_000

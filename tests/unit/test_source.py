@@ -8,7 +8,7 @@ import pytest
 
 from nxdi_expertscale.checkpoint.read.files import companions, open_checkpoint
 from nxdi_expertscale.errors import CheckpointError
-from tests import checkpoints
+from tests.harness import checkpoints
 
 INDEX = "model.safetensors.index.json"
 SECOND = "model-00002-of-00003.safetensors"

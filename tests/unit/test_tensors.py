@@ -12,8 +12,8 @@ import torch
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint
 from nxdi_expertscale.errors import CheckpointError
-from tests import checkpoints
-from tests.checkpoints import Tensors
+from tests.harness import checkpoints
+from tests.harness.checkpoints import Tensors
 
 EXPERT = "model.layers.1.mlp.experts.2"
 

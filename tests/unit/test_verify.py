@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from nxdi_expertscale.checkpoint import quantize_checkpoint, read_manifest, verify_checkpoint
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, file_record
 from nxdi_expertscale.errors import CheckpointError
-from tests import checkpoints
+from tests.harness import checkpoints
 
 SHARD = "model-00001-of-00001.safetensors"
 EXPERT = "model.layers.0.mlp.experts.1.up_proj.weight"

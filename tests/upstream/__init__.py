@@ -7,7 +7,7 @@ release, and in it the sources of NxDI and of the NxD that belongs to it::
     0.9/nxd/src/neuronx_distributed/               aws-neuron/neuronx-distributed
 
 Nothing of it has to be installed, and no device is needed; what the sources import of Neuron's
-closed packages is stood in for (:mod:`tests.upstream.standins`). A folder ``pr35/nxdi`` beside the
+closed packages is stood in for (:mod:`tests.harness.standins`). A folder ``pr35/nxdi`` beside the
 releases, if there is one, is the pull request that this project started from (on NxDI 0.7): its
 results are compared with ours bit for bit.
 A folder ``vllm-neuron/vllm_neuron`` (vllm-project/vllm-neuron, 0.2.0) is tested with each release.

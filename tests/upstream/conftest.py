@@ -9,7 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from tests.upstream import models, targets, workers
+from tests.harness import models, targets
+from tests.upstream import workers
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,7 +58,7 @@ def active(_not_active: None) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def one_rank(target: targets.Target, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """NxD's parallel state for a single rank."""
-    from tests.upstream import ranks
+    from tests.harness import ranks
 
     with ranks.parallel_state(0, 1, tmp_path_factory.mktemp("rank") / "store"):
         yield
@@ -66,7 +67,7 @@ def one_rank(target: targets.Target, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def nxdi(one_rank: None) -> ModuleType:
     """The steps through NxDI, with a parallel state of one rank."""
-    from tests.upstream import running
+    from tests.harness import running
 
     return running
 

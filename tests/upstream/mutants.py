@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.upstream import models, targets
+from tests.harness import models, targets
 from tests.upstream.mutations import Mutation
 
 _SECONDS = 300
@@ -66,7 +66,7 @@ class Mutants:
         self._target, self._settings, self._moe, self._work = target, settings, moe, work
         self._context = multiprocessing.get_context("forkserver")
         # Torch and transformers once; NxD and NxDI are imported anew in each process.
-        self._context.set_forkserver_preload(["tests.upstream.models"])
+        self._context.set_forkserver_preload(["tests.harness.models"])
         self._runs = 0
 
     def run(
@@ -100,7 +100,7 @@ def _run(
         import nxdi_expertscale
 
         nxdi_expertscale.activate()
-    from tests.upstream import ranks
+    from tests.harness import ranks
 
     with ranks.parallel_state(0, 1, store):
         return {
@@ -110,7 +110,7 @@ def _run(
 
 
 def _outcome(scenario: Scenario, moe: Path, settings: dict[str, Any]) -> Outcome:
-    from tests.upstream import running
+    from tests.harness import running
 
     if scenario.flag is not None:
         settings["expert_wise_scale"] = scenario.flag

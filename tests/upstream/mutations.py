@@ -26,7 +26,7 @@ QUANTIZE = f"{NXD}.quantization.quantize"
 QUANTIZED_LAYERS = f"{NXD}.quantization.quantization_layers"
 CONVERTER = "convert_qwen3_moe_hf_to_neuron_state_dict"
 
-EVERYWHERE = (NXDI, NXD, "tests.upstream.running")
+EVERYWHERE = (NXDI, NXD, "tests.harness.running")
 """Upstream's packages, and the program that uses them."""
 
 

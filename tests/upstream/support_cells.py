@@ -17,9 +17,10 @@ import torch
 
 from nxdi_expertscale import quantize_checkpoint
 from nxdi_expertscale.errors import ExpertScaleError
-from tests.upstream import expert_groups, models, processes, support_table
+from tests.harness import expert_groups, models, processes
+from tests.harness.targets import Target
+from tests.upstream import support_table
 from tests.upstream.support_table import Cell, Row
-from tests.upstream.targets import Target
 from tests.upstream.test_kernels import (
     FUSED_KERNELS,
     FUSED_WIDTH,
@@ -105,7 +106,7 @@ def errors_on_rank(
     generation: expert_groups.Degrees | None,
 ) -> list[float]:
     import nxdi_expertscale
-    from tests.upstream import running
+    from tests.harness import running
 
     nxdi_expertscale.activate()
     if context is not None and generation is not None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.upstream import targets
+from tests.harness import targets
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"

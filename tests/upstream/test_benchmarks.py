@@ -12,7 +12,7 @@ from benchmarks import accuracy, overhead, through_nxdi
 from benchmarks.trainium import checks
 from benchmarks.trainium.plan import Setup, Variant, variants
 from nxdi_expertscale.checkpoint import quantize_checkpoint
-from tests.upstream import models
+from tests.harness import models
 
 pytestmark = pytest.mark.usefixtures("active")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.upstream import models
-from tests.upstream.targets import Target
+from tests.harness import models
+from tests.harness.targets import Target
 from tests.upstream.test_speculation import quantized_types
 
 pytestmark = pytest.mark.usefixtures("active")

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nxdi_expertscale.errors import ConfigurationError
-from tests.upstream import models
-from tests.upstream.targets import Target
+from tests.harness import models
+from tests.harness.targets import Target
 
 pytestmark = pytest.mark.usefixtures("active")
 

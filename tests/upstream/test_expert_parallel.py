@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nxdi_expertscale.errors import ConfigurationError
-from tests.upstream import expert_groups, models, processes
-from tests.upstream.targets import Target
+from tests.harness import expert_groups, models, processes
+from tests.harness.targets import Target
 
 pytestmark = pytest.mark.usefixtures("active")
 
@@ -76,7 +76,7 @@ def run_experts(layer: Any, shape: tuple[int, int]) -> torch.Tensor:
 def load_and_run(rank: int, checkpoint: Path, settings: dict[str, Any]) -> RankResult:
     """Be one rank: load the model with its patches in force, and run its experts."""
     import nxdi_expertscale
-    from tests.upstream import running
+    from tests.harness import running
 
     nxdi_expertscale.activate()
     spread = expert_groups.Degrees(tensor=1, expert=RANKS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nxdi_expertscale import ConfigurationError, quantize_checkpoint
-from tests.upstream import models
+from tests.harness import models
 
 pytestmark = pytest.mark.usefixtures("active")
 

@@ -11,8 +11,8 @@ import torch
 
 from nxdi_expertscale import quantize_checkpoint
 from nxdi_expertscale.errors import ConfigurationError
-from tests.upstream import expert_groups, models, processes
-from tests.upstream.targets import Target
+from tests.harness import expert_groups, models, processes
+from tests.harness.targets import Target
 from tests.upstream.test_expert_parallel import run_experts
 
 pytestmark = pytest.mark.usefixtures("active")
@@ -49,7 +49,7 @@ class RankResult:
 def load_and_run(rank: int, checkpoint: Path, settings: dict[str, Any]) -> RankResult:
     """Be one rank: load both stages' graphs from the same state dict, and run them."""
     import nxdi_expertscale
-    from tests.upstream import running
+    from tests.harness import running
 
     nxdi_expertscale.activate()
     expert_groups.make(

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.upstream import processes
-from tests.upstream.targets import Target
+from tests.harness import processes
+from tests.harness.targets import Target
 
 WITHIN_FP8 = 0.06
 
@@ -24,7 +24,7 @@ def errors_when_imported(
     assert "nxdi_expertscale" not in sys.modules
     if before:
         import nxdi_expertscale
-    from tests.upstream import running
+    from tests.harness import running
 
     if not before:
         import nxdi_expertscale

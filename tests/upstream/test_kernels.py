@@ -12,8 +12,8 @@ import torch
 
 from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.numerics import fp8
-from tests.upstream import models
-from tests.upstream.targets import Target
+from tests.harness import models
+from tests.harness.targets import Target
 
 pytestmark = pytest.mark.usefixtures("active")
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.upstream import mutants, targets
+from tests.harness import targets
+from tests.upstream import mutants
 from tests.upstream.mutants import Outcome, Scenario
 from tests.upstream.mutations import CONFIG, MODEL_WRAPPER, MUTATIONS, QWEN3_MOE, Mutation
 

@@ -14,7 +14,7 @@ import torch
 
 import nxdi_expertscale
 from nxdi_expertscale.errors import IncompatibleUpstreamError
-from tests.upstream import models
+from tests.harness import models
 
 CONVERTER = "convert_qwen3_moe_hf_to_neuron_state_dict"
 

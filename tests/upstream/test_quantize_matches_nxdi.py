@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from nxdi_expertscale.checkpoint import neuron_settings, quantize_checkpoint
-from tests import checkpoints
-from tests.upstream import models
+from tests.harness import checkpoints, models
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

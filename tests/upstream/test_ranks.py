@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.upstream import models, processes
-from tests.upstream.targets import Target
+from tests.harness import models, processes
+from tests.harness.targets import Target
 
 RANKS = 2
 WITHIN_FP8 = 0.06
@@ -27,7 +27,7 @@ class RankResult:
 def load_and_run(rank: int, checkpoint: Path, settings: dict[str, Any]) -> RankResult:
     """Be one rank: load the model with its patches in force, and compare its MoE outputs."""
     import nxdi_expertscale
-    from tests.upstream import running
+    from tests.harness import running
 
     nxdi_expertscale.activate()
     loaded = running.load(checkpoint, rank=rank, tp_degree=RANKS, moe_tp_degree=RANKS, **settings)

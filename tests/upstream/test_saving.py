@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.upstream import models
+from tests.harness import models
 
 pytestmark = pytest.mark.usefixtures("active")
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.upstream import processes, targets
-from tests.upstream.targets import Target
+from tests.harness import processes, targets
+from tests.harness.targets import Target
 
 PADDED = {"blockwise_matmul_config": {"use_shard_on_intermediate_dynamic_while": True}}
 WITHIN_FP8 = 0.06
@@ -50,7 +50,7 @@ def convert_all(
     _rank: int, checkpoint: Path, cases: Sequence[dict[str, Any]], folder: Path
 ) -> None:
     """Convert a checkpoint with each of some settings, without this project's patches."""
-    from tests.upstream import running
+    from tests.harness import running
 
     for number, settings in enumerate(cases):
         torch.save(running.convert(checkpoint, **settings), folder / f"{number}.pt")
@@ -81,7 +81,7 @@ def run_on_the_seed(
 ) -> tuple[list[str], list[float]]:
     """The state of each seam, and the model's errors, on an upstream that has the feature."""
     import nxdi_expertscale
-    from tests.upstream import running
+    from tests.harness import running
 
     nxdi_expertscale.activate()
     loaded = running.load(checkpoint, **settings, expert_wise_scale=True)

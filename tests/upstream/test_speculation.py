@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.upstream import models
-from tests.upstream.targets import Target
+from tests.harness import models
+from tests.harness.targets import Target
 
 pytestmark = pytest.mark.usefixtures("active")
 

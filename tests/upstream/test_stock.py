@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.upstream import models
+from tests.harness import models
 
 ROUNDING = 1e-5
 FP8_MAX = 240.0

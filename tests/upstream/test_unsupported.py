@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nxdi_expertscale import ConfigurationError
-from tests.upstream.targets import Target
+from tests.harness.targets import Target
 
 pytestmark = pytest.mark.usefixtures("active")
 

@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests import readme
-from tests.upstream import models
-from tests.upstream.targets import Target, vllm_neuron
+from tests.harness import models, readme
+from tests.harness.targets import Target, vllm_neuron
 
 pytestmark = pytest.mark.usefixtures("active", "one_rank")
 

@@ -20,7 +20,7 @@ from neuronx_distributed_inference.models.config import MoENeuronConfig
 from neuronx_distributed_inference.models.model_wrapper import DecoderModelInstance
 from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
 
-from tests.upstream import models
+from tests.harness import models
 
 FP8: dict[str, Any] = {
     "quantized": True,

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.upstream import standins
+from tests.harness import standins
 
 UPSTREAM_VARIABLE = "NXDI_EXPERTSCALE_UPSTREAM"
 DOUBLE = "double"
@@ -62,7 +62,7 @@ def all_targets() -> dict[str, Target]:
     Raises:
         FileNotFoundError: The folder is named and holds no release.
     """
-    found = {DOUBLE: Target(DOUBLE, (Path(__file__).parent / "double",))}
+    found = {DOUBLE: Target(DOUBLE, (Path(__file__).parents[1] / "upstream" / "double",))}
     folder = _upstream_folder()
     if folder is not None:
         releases = [_release(child) for child in sorted(folder.glob("*.*"))]

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-_TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+_TEXT = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def block(language: str, containing: str) -> str:

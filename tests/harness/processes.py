@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tests.upstream import targets
+from tests.harness import targets
 
 Result = TypeVar("Result")
 
@@ -50,7 +50,7 @@ def run_on_ranks(
 def _run_as_rank(
     rank: int, ranks: int, store: Path, function: Callable[..., Result], *arguments: Any
 ) -> Result:
-    from tests.upstream.ranks import parallel_state
+    from tests.harness.ranks import parallel_state
 
     with parallel_state(rank, ranks, store):
         return function(rank, *arguments)

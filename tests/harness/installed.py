@@ -25,7 +25,7 @@ _CLEARED = (
 
 _UPSTREAM = f"""\
 import os
-from tests.upstream import targets
+from tests.harness import targets
 targets.all_targets()[os.environ["{TARGET_VARIABLE}"]].prepare()
 """
 
@@ -82,7 +82,7 @@ class Environment:
 
         Args:
             arguments: Arguments of ``python``.
-            target: The NxDI that can be imported (see :mod:`tests.upstream.targets`).
+            target: The NxDI that can be imported (see :mod:`tests.harness.targets`).
             variables: Environment variables.
         """
         if target is not None:

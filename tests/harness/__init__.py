@@ -1,0 +1,12 @@
+"""What the tests and the benchmarks both need.
+
+- :mod:`~tests.harness.targets`: what NxDI there is (the double, releases); makes one importable.
+- :mod:`~tests.harness.standins`: stand-ins for Neuron's closed packages.
+- :mod:`~tests.harness.running`: a model's way through NxDI; imports it, so a target comes first.
+- :mod:`~tests.harness.ranks`, :mod:`~tests.harness.expert_groups`: NxD's parallel state, on gloo.
+- :mod:`~tests.harness.processes`: functions in a process of their own for each rank.
+- :mod:`~tests.harness.models`: small Hugging Face models, on disk.
+- :mod:`~tests.harness.checkpoints`: tiny checkpoints in every form that ``quantize`` reads.
+- :mod:`~tests.harness.installed`: the wheel, and environments that it is installed in.
+- :mod:`~tests.harness.readme`: the blocks of the README that users copy.
+"""
