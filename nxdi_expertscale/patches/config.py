@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nxdi_expertscale.activation import FEATURE, require
 from nxdi_expertscale.errors import IncompatibleUpstreamError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.code import refers_to
@@ -69,7 +68,7 @@ def patches(families: Sequence[MoEFamily]) -> list[Patch]:
 
 
 def _is_native(module: ModuleType) -> bool:
-    return refers_to(module.MoENeuronConfig.__init__, FEATURE)
+    return refers_to(module.MoENeuronConfig.__init__, flag.NAME)
 
 
 def _config_incompatibility(module: ModuleType) -> str | None:
@@ -89,7 +88,7 @@ def _accept_flag(
 ) -> None:
     value = flag.parse(kwargs.pop(flag.NAME, False))
     if value:
-        require(seams.needed_by_config())
+        seams.require_seams(seams.needed_by_config())
     wrapped(*args, **kwargs)
     # An attribute of the config, so that upstream writes it to JSON and copies it.
     vars(instance)[flag.NAME] = value
@@ -133,7 +132,7 @@ def check(model_config: Any, families: Sequence[MoEFamily]) -> None:
         cores = frozenset() if runs_on_cpu(neuron_config) else _kernel_cores()
         upstream = flag.Upstream(reads_moe_settings, cores)
         flag.check_model(neuron_config, model_config, family, upstream)
-        require(seams.needed_by_model(family), load=True)
+        seams.require_seams(seams.needed_by_model(family), load=True)
 
 
 def _check_written(
@@ -207,6 +206,6 @@ def _note_flag_on_its_way(
     # The flag comes this far only where no MoENeuronConfig has taken it: NxDI would ignore it
     # with a line in its log, and the experts of an MoE would share a scale.
     if kwargs.get(flag.NAME) is True:
-        require(seams.needed_by_config())
+        seams.require_seams(seams.needed_by_config())
         vars(instance)[flag.NAME] = True
     wrapped(*args, **kwargs)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from nxdi_expertscale.activation import FEATURE
 from nxdi_expertscale.hooking.code import refers_to
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import seams
@@ -33,7 +32,7 @@ def patches() -> list[Patch]:
 
 
 def _is_native(module: ModuleType) -> bool:
-    return any(refers_to(module.setup_run_parser, name) for name in (FEATURE, OPTION))
+    return any(refers_to(module.setup_run_parser, name) for name in (flag.NAME, OPTION))
 
 
 def _incompatibility(module: ModuleType) -> str | None:

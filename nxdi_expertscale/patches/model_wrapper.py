@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from nxdi_expertscale.activation import FEATURE, require, unmet
 from nxdi_expertscale.errors import ConfigurationError, IncompatibleUpstreamError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.exclusions import are_experts_excluded
 from nxdi_expertscale.hooking.code import refers_to
+from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import config, seams
 from nxdi_expertscale.settings import flag
@@ -52,7 +52,7 @@ def patches(families: Sequence[MoEFamily]) -> list[Patch]:
 
 def _is_native(module: ModuleType) -> bool:
     instance = getattr(module, "DecoderModelInstance", None)
-    return refers_to(getattr(instance, "load_module", None), FEATURE)
+    return refers_to(getattr(instance, "load_module", None), flag.NAME)
 
 
 def _convert_incompatibility(module: ModuleType) -> str | None:
@@ -94,11 +94,12 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
             _refuse_unknown_family(neuron_config, model)
             return wrapped(*args, **kwargs)
         strange = [name for name in experts if family.names.layer_of_module(name) is None]
+        needed = seams.needed_by_model(family)
         if flag.is_on(neuron_config):
-            require(seams.needed_by_model(family), load=True)
+            seams.require_seams(needed, load=True)
             if strange:
                 raise _not_as_known(f"{strange[0]} is not one of {family.expert_mlps}")
-        elif strange or unmet(seams.needed_by_model(family), load=True) is not None:
+        elif strange or engine.find_failed_seam(needed, load=True) is not None:
             return wrapped(*args, **kwargs)
         _check_dtype(neuron_config, call.arguments["q_config"])
         excluded = list(call.arguments.get("modules_to_not_convert") or ())
@@ -270,7 +271,7 @@ def _check_loaded(model: Any, families: Sequence[MoEFamily]) -> None:
     layers = expert_layers(model)
     if flag.is_on(neuron_config):
         _check_expert_wise(layers, excluded, family)
-    elif unmet(seams.needed_by_model(family)) is None:
+    elif engine.find_failed_seam(seams.needed_by_model(family)) is None:
         _check_exclusions(layers, excluded, family)
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from nxdi_expertscale.errors import IncompatibleUpstreamError
 from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.hooking.engine import engine
+from nxdi_expertscale.settings import flag
 
 CONFIG = "config"
 INFERENCE_CONFIG = "inference_config"
@@ -39,3 +44,21 @@ def needed_by_config() -> tuple[str, ...]:
 def needed_by_model(family: MoEFamily) -> tuple[str, ...]:
     """The seams that a model of this family needs."""
     return (*needed_by_config(), state_dict(family))
+
+
+def require_seams(names: Sequence[str], *, load: bool = False) -> None:
+    """Refuse to go on without these seams, for a user who has turned the feature on.
+
+    Args:
+        names: Names of seams.
+        load: Import the modules of these seams that are not imported yet.
+
+    Raises:
+        IncompatibleUpstreamError: One is not patched; the message names it and the reason.
+    """
+    failure = engine.find_failed_seam(names, load=load)
+    if failure is not None:
+        raise IncompatibleUpstreamError(
+            f"{flag.NAME} cannot work with this NxDI: {failure}. Turn {flag.NAME} off, or install "
+            "a release that is supported (run 'nxdi-expertscale doctor')"
+        )

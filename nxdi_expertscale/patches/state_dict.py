@@ -13,11 +13,11 @@ from operator import attrgetter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nxdi_expertscale.activation import FEATURE, require, unmet
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError, IncompatibleUpstreamError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.exclusions import are_experts_excluded
 from nxdi_expertscale.hooking.code import names_in_code, refers_to
+from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import seams
 from nxdi_expertscale.patches.config import quantized_dtype
@@ -47,7 +47,7 @@ def _patch(family: MoEFamily) -> Patch:
         attribute=converter,
         wrapper=_fusing_scales(family),
         find_incompatibility=lambda module: _incompatibility(module, family),
-        is_native=lambda module: refers_to(attrgetter(converter)(module), FEATURE),
+        is_native=lambda module: refers_to(attrgetter(converter)(module), flag.NAME),
     )
 
 
@@ -90,9 +90,9 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
             return wrapped(*args, **kwargs)
         if flag.is_on(neuron_config):
             flag.check_neuron_config(neuron_config)
-            require(seams.needed_by_model(family), load=True)
+            seams.require_seams(seams.needed_by_model(family), load=True)
         else:
-            reason = unmet(seams.needed_by_model(family), load=True)
+            reason = engine.find_failed_seam(seams.needed_by_model(family), load=True)
             if reason is not None:
                 _logger.warning("the experts' scales are left to NxDI: %s", reason)
                 return wrapped(*args, **kwargs)
