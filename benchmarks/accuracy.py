@@ -34,10 +34,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from benchmarks import through_nxdi
 from benchmarks.lm_eval_task import TASKS, write_tasks, write_tokenizer
 from nxdi_expertscale.checkpoint import quantize_checkpoint
-from nxdi_expertscale.checkpoint.read.files import CONFIG
 from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.cli import tables
 from nxdi_expertscale.evaluation import decoder, small_model
+from nxdi_expertscale.evaluation.architecture import derive_architecture
 from nxdi_expertscale.evaluation.evaluate import Evaluation, evaluate_checkpoint
 from nxdi_expertscale.evaluation.stored_weights import StoredWeights, with_averaged_scales
 from nxdi_expertscale.families.built_in import QWEN3_MOE
@@ -107,14 +107,14 @@ def _run(command: Sequence[str], log: Path) -> None:
 
 def reference_logits(model: Path, quantized: Path, windows: torch.Tensor) -> dict[str, Any]:
     """Logits of the token after each window, by the reference: what NxDI's are compared with."""
-    (original, family), (fp8, _) = open_model(model), open_model(quantized)
-    architecture = decoder.read_architecture(original.config, family, CONFIG)
+    original, fp8 = open_model(model), open_model(quantized)
+    architecture = derive_architecture(original.config, original.family)
     with (
         torch.inference_mode(),
-        StoredWeights(original, family) as full,
-        StoredWeights(fp8, family) as expert_wise,
+        StoredWeights(original) as full,
+        StoredWeights(fp8) as expert_wise,
     ):
-        averaged = with_averaged_scales(expert_wise, architecture)
+        averaged = with_averaged_scales(expert_wise)
         return {
             kind: decoder.forward(windows, weights, architecture)[:, -1]
             for kind, weights in zip(_KINDS, (full, expert_wise, averaged), strict=True)

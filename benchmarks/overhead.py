@@ -32,8 +32,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint
+from nxdi_expertscale.checkpoint.read.config import read_config
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
-from nxdi_expertscale.evaluation import decoder
+from nxdi_expertscale.evaluation.architecture import LM_HEAD, derive_architecture
 from nxdi_expertscale.families.built_in import QWEN3_MOE
 from tests.harness import targets
 
@@ -74,12 +75,12 @@ def make_checkpoint(folder: Path) -> None:
     """Write the layer with random weights in bfloat16."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
-    shapes = decoder.read_architecture(LAYER, QWEN3_MOE, "config.json").shapes()
+    model = derive_architecture(read_config(LAYER, QWEN3_MOE, "config.json"), QWEN3_MOE)
     weights = {
-        name if name == decoder.LM_HEAD else f"model.{name}": (
+        name if name == LM_HEAD else f"model.{name}": (
             torch.randn(shape, generator=generator) * 0.02
         ).to(torch.bfloat16)
-        for name, shape in shapes.items()
+        for name, shape in model.shapes()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(LAYER))

@@ -215,7 +215,7 @@ def on_a_full_disk(ground: Ground) -> int:
 
 def _no_look_at_space() -> None:
     """As if another process filled the disk after it was looked at."""
-    quantize._check_space = lambda *_: None  # type: ignore[assignment]
+    quantize.check_space = lambda *_: None  # type: ignore[assignment]
 
 
 def without_permission(ground: Ground) -> int:

@@ -10,9 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks.trainium.plan import Setup, Variant, variants
-from nxdi_expertscale.checkpoint.read.files import Checkpoint
 from nxdi_expertscale.checkpoint.read.model import open_model
-from nxdi_expertscale.checkpoint.read.tensors import scheme_of
 from nxdi_expertscale.errors import ExpertScaleError
 
 DEVICE = Path("/dev/neuron0")
@@ -55,15 +53,15 @@ def examine(setup: Setup) -> Iterator[Check]:
     Raises:
         CheckpointError: The model is not a checkpoint of a supported family.
     """
-    model, family = open_model(setup.model)
-    scheme = scheme_of(model)
-    words = f"{family.name}, {model.nbytes / 1e9:.1f} GB"
-    if scheme is None:
-        yield Check("model", Outcome.GOOD, words)
+    model = open_model(setup.model)
+    nbytes = model.files.nbytes
+    found = f"{model.family.name}, {nbytes / 1e9:.1f} GB"
+    if model.scheme is None:
+        yield Check("model", Outcome.GOOD, found)
     else:
-        yield Check("model", Outcome.BAD, f"{words}: {scheme.name}; name the one in bfloat16")
-    yield _disk(setup, model)
-    yield _memory(model)
+        yield Check("model", Outcome.BAD, f"{found}: {model.scheme.name}; name the one in bfloat16")
+    yield _disk(setup, nbytes)
+    yield _memory(nbytes)
     for name in PACKAGES:
         yield _package(name)
     for name in PROGRAMS:
@@ -75,20 +73,20 @@ def examine(setup: Setup) -> Iterator[Check]:
         yield _configuration(setup, variant)
 
 
-def _disk(setup: Setup, model: Checkpoint) -> Check:
-    needed = model.nbytes // 2 + _COMPILED_BYTES
+def _disk(setup: Setup, nbytes: int) -> Check:
+    needed = nbytes // 2 + _COMPILED_BYTES
     folder = next(path for path in (setup.work, *setup.work.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     outcome = Outcome.GOOD if free >= needed else Outcome.BAD
     return Check("disk", outcome, f"{free / 1e9:.0f} GB free, {needed / 1e9:.0f} GB needed")
 
 
-def _memory(model: Checkpoint) -> Check:
+def _memory(nbytes: int) -> Check:
     # NxDI holds the whole checkpoint in the host's memory while it converts it.
     lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024
-    outcome = Outcome.GOOD if available >= model.nbytes else Outcome.ABSENT
-    return Check("memory", outcome, f"{available / 1e9:.0f} GB, {model.nbytes / 1e9:.0f} GB needed")
+    outcome = Outcome.GOOD if available >= nbytes else Outcome.ABSENT
+    return Check("memory", outcome, f"{available / 1e9:.0f} GB, {nbytes / 1e9:.0f} GB needed")
 
 
 def _package(name: str) -> Check:

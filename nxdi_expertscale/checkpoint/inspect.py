@@ -1,4 +1,4 @@
-"""Look at a checkpoint: what it is, and how far the scales of its experts lie apart."""
+"""Inspect a checkpoint: what it is, and how far the scales of its experts lie apart."""
 
 from __future__ import annotations
 
@@ -10,16 +10,10 @@ from pathlib import Path
 
 import torch
 
-from nxdi_expertscale.checkpoint.chunks import row_ranges
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores, for_each
-from nxdi_expertscale.checkpoint.read.files import TensorReader
-from nxdi_expertscale.checkpoint.read.model import open_model
-from nxdi_expertscale.checkpoint.read.tensors import (
-    Weight,
-    check_architecture,
-    read_weights,
-    scheme_of,
-)
+from nxdi_expertscale.checkpoint.read.chunks import Chunk, chunks_of
+from nxdi_expertscale.checkpoint.read.model import Model, open_model
+from nxdi_expertscale.checkpoint.read.tensor_reader import TensorReader
 from nxdi_expertscale.checkpoint.read.values import ValueReader
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, read_manifest
 from nxdi_expertscale.families.tensor_names import ExpertTensor
@@ -70,6 +64,14 @@ class Inspection:
     layers: tuple[LayerSpread, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Scale and energy (sum of squares) of rows of a weight, each ``[rows]``, float32."""
+
+    scale: torch.Tensor
+    energy: torch.Tensor
+
+
 def inspect_checkpoint(
     folder: str | os.PathLike[str],
     *,
@@ -85,73 +87,81 @@ def inspect_checkpoint(
 
     Raises:
         CheckpointError: It is not a checkpoint of a supported model.
+
+    Example:
+        >>> [layer.spread for layer in inspect_checkpoint("Qwen3-30B-A3B").layers]
     """
-    checkpoint, family = open_model(folder)
-    weights = read_weights(checkpoint, family)
-    check_architecture(checkpoint, family)
-    experts = [weight for weight in weights if weight.expert is not None]
-    meter = Meter(sum(weight.tensor.nbytes for weight in experts), progress)
-    measured: dict[ExpertTensor, dict[int, tuple[torch.Tensor, torch.Tensor]]] = defaultdict(dict)
-    with TensorReader(checkpoint) as reader:
-        values = ValueReader(checkpoint, reader)
-
-        def work(piece: tuple[Weight, ExpertTensor, range]) -> None:
-            weight, place, rows = piece
-            measured[place][rows.start] = _measure(values, weight, rows)
-            meter.add(weight.tensor.nbytes * len(rows) // weight.tensor.shape[0])
-
-        for_each(work, _pieces(experts), workers or available_cores())
+    model = open_model(folder)
+    measured = _measure_experts(model, workers or available_cores(), progress)
     dtypes: dict[str, int] = defaultdict(int)
-    for tensor in checkpoint.tensors.values():
+    for tensor in model.files.tensors.values():
         dtypes[tensor.dtype] += tensor.nbytes
-    scheme = scheme_of(checkpoint)
-    made_by_us = (checkpoint.folder / MANIFEST).is_file()
-    count = family.experts_of(checkpoint.config)
+    path = model.folder.path
     return Inspection(
-        folder=checkpoint.folder,
-        model_type=str(checkpoint.config["model_type"]),
-        family=family.name,
-        scheme=scheme.name if scheme is not None else None,
-        made_by=read_manifest(checkpoint.folder).version if made_by_us else None,
+        folder=path,
+        model_type=model.config.model_type,
+        family=model.family.name,
+        scheme=model.scheme.name if model.scheme is not None else None,
+        made_by=read_manifest(path).version if (path / MANIFEST).is_file() else None,
         dtypes=dict(sorted(dtypes.items())),
-        num_experts=count or 0,
+        num_experts=model.config.num_experts,
         layers=tuple(_spreads(measured)),
     )
 
 
-def _pieces(experts: list[Weight]) -> Iterator[tuple[Weight, ExpertTensor, range]]:
-    for weight in experts:
-        if weight.expert is not None and weight.expert.suffix == "weight":
-            for rows in row_ranges(weight.tensor.shape):
-                yield weight, weight.expert, rows
+def _measure_experts(
+    model: Model, workers: int, progress: Progress | None
+) -> Mapping[ExpertTensor, Mapping[int, _Rows]]:
+    """Measure the chunks of each expert's weights, by their first row."""
+    experts = {
+        weight.name: weight.expert
+        for weight in model.weights
+        if weight.expert is not None and weight.expert.suffix == "weight"
+    }
+    weights = [weight for weight in model.weights if weight.name in experts]
+    meter = Meter(sum(weight.tensor.nbytes for weight in weights), progress)
+    measured: dict[ExpertTensor, dict[int, _Rows]] = {place: {} for place in experts.values()}
+    with TensorReader(model.files) as reader:
+        values = ValueReader(model.files, reader)
+
+        def measure(chunk: Chunk) -> None:
+            measured[experts[chunk.weight.name]][chunk.rows.start] = _measure(values, chunk)
+            meter.add(chunk.nbytes)
+
+        for_each(measure, chunks_of(weights), workers)
+    return measured
 
 
-def _measure(reader: ValueReader, weight: Weight, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and energy (sum of squares) of each row, ``[rows]`` float32."""
-    values = reader.values(weight, rows)
+def _measure(reader: ValueReader, chunk: Chunk) -> _Rows:
+    values = reader.values(chunk.weight, chunk.rows)
     scale = fp8.scale_per_channel(values).squeeze(-1)
-    reader.expect_finite(weight.tensor, scale)
-    return scale, values.square_().sum(dim=-1)
+    reader.check_finite(chunk.weight.tensor, scale)
+    return _Rows(scale, values.square_().sum(dim=-1))
 
 
-def _spreads(
-    measured: Mapping[ExpertTensor, Mapping[int, tuple[torch.Tensor, torch.Tensor]]],
-) -> Iterator[LayerSpread]:
-    """Put the pieces of each layer together, ``[E, 1, channels]``, and compare its experts."""
+def _spreads(measured: Mapping[ExpertTensor, Mapping[int, _Rows]]) -> Iterator[LayerSpread]:
+    """Put the chunks of each layer together, and compare its experts."""
     layers: dict[int, dict[str, dict[int, ExpertTensor]]] = defaultdict(lambda: defaultdict(dict))
     for place in measured:
         layers[place.layer][place.projection][place.expert] = place
     for layer, projections in sorted(layers.items()):
-        columns: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        scale_of_each, energy_of_each = [], []
         for experts in projections.values():
-            pieces = [measured[experts[expert]] for expert in sorted(experts)]
-            for column, of_layer in enumerate(columns):
-                rows = [torch.cat([piece[at][column] for at in sorted(piece)]) for piece in pieces]
-                of_layer.append(torch.stack(rows).unsqueeze(1))
-        scale, energy = (scales.fuse(column) for column in columns)
+            rows = [_joined(measured[experts[expert]]) for expert in sorted(experts)]
+            scale_of_each.append(torch.stack([each.scale for each in rows]).unsqueeze(1))
+            energy_of_each.append(torch.stack([each.energy for each in rows]).unsqueeze(1))
+        # [E, 1, channels of all projections]
+        scale, energy = scales.fuse(scale_of_each), scales.fuse(energy_of_each)
         yield LayerSpread(
             layer=layer,
             spread=scales.spread(scale).median,
             shared_scale_error=scales.error_of_average(scale, energy),
             experts=tuple(scales.relative_to_average(scale).tolist()),
         )
+
+
+def _joined(chunks: Mapping[int, _Rows]) -> _Rows:
+    in_order = [chunks[start] for start in sorted(chunks)]
+    return _Rows(
+        torch.cat([rows.scale for rows in in_order]), torch.cat([rows.energy for rows in in_order])
+    )

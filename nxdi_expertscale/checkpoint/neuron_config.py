@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from nxdi_expertscale.checkpoint.read.config import layers_in
-from nxdi_expertscale.checkpoint.read.files import CONFIG, read_json
+from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.checkpoint.write.manifest import read_manifest
 from nxdi_expertscale.checkpoint.write.plan import effective_exclusions
-from nxdi_expertscale.families.config_fields import language_config
 from nxdi_expertscale.families.exclusions import expand_exclusions
-from nxdi_expertscale.families.lookup import require_family
-from nxdi_expertscale.plugins.manager import known_families
 
 
 @dataclass(frozen=True)
@@ -52,20 +47,23 @@ def neuron_settings(
 
     Raises:
         CheckpointError: The folder was not made by ``quantize``, or is damaged.
+
+    Example:
+        >>> settings = neuron_settings("Qwen3-30B-A3B-FP8", tp_degree=4, batch_size=1, seq_len=2048)
+        >>> MoENeuronConfig(**settings.neuron_config)
     """
-    path = Path(folder).resolve()
-    manifest = read_manifest(path)
-    config = read_json(path, CONFIG)
-    family = require_family(config.get("model_type"), known_families(), str(path / CONFIG))
-    exclusions = effective_exclusions(config, family, manifest.modules_to_not_convert)
-    layers = layers_in(language_config(config), path / CONFIG)
+    manifest = read_manifest(folder)
+    model = open_model(folder)
+    exclusions = effective_exclusions(model, manifest.modules_to_not_convert)
     quantization: dict[str, Any] = {
         "quantized": True,
-        "quantized_checkpoints_path": str(path),
+        "quantized_checkpoints_path": str(model.folder.path),
         "quantization_type": "per_channel_symmetric",
         "quantization_dtype": "f8e4m3",
         "expert_wise_scale": True,
-        "modules_to_not_convert": list(expand_exclusions(exclusions, layers, family)),
+        "modules_to_not_convert": list(
+            expand_exclusions(exclusions, model.config.num_hidden_layers, model.family)
+        ),
     }
     sizes = {"tp_degree": tp_degree, "batch_size": batch_size, "seq_len": seq_len}
     given = {name: value for name, value in sizes.items() if value is not None}

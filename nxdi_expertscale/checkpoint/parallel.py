@@ -1,4 +1,4 @@
-"""Work through many pieces with a few threads; torch leaves them all of the cores."""
+"""Work through many items with a few threads; torch leaves them all of the cores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_WORKERS = 32
 Item = TypeVar("Item")
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that are done, and with all of them."""
+"""Called with how much is done and how much there is: bytes, layers, or steps of training."""
 
 
 def available_cores() -> int:
@@ -29,6 +29,11 @@ def for_each(work: Callable[[Item], None], items: Iterator[Item], workers: int) 
 
     The first exception, or an interrupt, stops all threads after the item they are at, and is
     raised.
+
+    Args:
+        work: What is done with an item.
+        items: The items.
+        workers: Number of threads.
     """
     taking = threading.Lock()
     stop = threading.Event()

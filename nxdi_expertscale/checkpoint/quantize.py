@@ -1,43 +1,45 @@
-"""Quantize a checkpoint: check what can be checked, plan, stream, publish."""
+"""Quantize a checkpoint: open, plan, write, publish."""
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nxdi_expertscale.checkpoint.json_files import render_json
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores
 from nxdi_expertscale.checkpoint.read.files import (
     CONFIG,
     INDEX,
-    Checkpoint,
-    companions,
-    read_companion,
+    auxiliary_files,
+    read_auxiliary_file,
 )
-from nxdi_expertscale.checkpoint.read.model import open_model
+from nxdi_expertscale.checkpoint.read.model import Model, open_model
+from nxdi_expertscale.checkpoint.write.destination import (
+    check_destination,
+    check_space,
+    translate_disk_errors,
+)
 from nxdi_expertscale.checkpoint.write.manifest import (
     MANIFEST,
+    FileRecord,
     Manifest,
     file_record,
     normalized,
     read_manifest,
-    render_json,
 )
 from nxdi_expertscale.checkpoint.write.plan import Plan, make_plan
 from nxdi_expertscale.checkpoint.write.provenance import (
-    expect_unchanged,
+    check_unchanged,
     mismatch_of,
     source_records,
     source_state,
 )
-from nxdi_expertscale.checkpoint.write.staging import WORK, Staging, digests_of_tensors, is_complete
+from nxdi_expertscale.checkpoint.write.staging import Staging, digests_of_tensors
 from nxdi_expertscale.checkpoint.write.stream import write_shards
-from nxdi_expertscale.errors import CheckpointError, ConfigurationError
+from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.version import __version__
 
 MAX_SHARD_BYTES = 1_000_000_000
@@ -57,7 +59,7 @@ class QuantizationResult:
             ``quantized linears``, ``dequantized`` and ``kept``.
         shards: Number of files of weights.
         resumed_shards: How many of them an earlier run had finished.
-        modules_to_not_convert: Modules that were left as they are.
+        modules_to_not_convert: Modules that were left in full precision.
         unused_exclusions: Names in it that no module of the checkpoint has in its path.
     """
 
@@ -84,16 +86,17 @@ def quantize_checkpoint(
 ) -> QuantizationResult:
     """Make an FP8 checkpoint with one scale for each output channel of each expert.
 
-    The output is what NxDI loads and what Hugging Face's tools understand (compressed-tensors).
-    It does not depend on ``workers``. Cut off at any moment, the folder cannot be loaded, and the
-    same call goes on from the files that were finished.
+    The output is what NxDI loads and what Hugging Face's tools understand (compressed-tensors):
+    every quantized weight ``[out, in]`` is FP8 E4M3 within ±240 and has a ``weight_scale``
+    ``[out, 1]``, float32. It does not depend on ``workers``. If the run is cut off, the folder
+    cannot be loaded, and the same call goes on from the files that were finished.
 
     Args:
         src: A checkpoint's folder: ``config.json`` and safetensors files.
         dst: The folder to make; new, empty, or one that an earlier call made or began.
-        modules_to_not_convert: Modules that stay as they are, in the names of the checkpoint or
-            of NxDI's modules; see :func:`~nxdi_expertscale.families.exclusions.is_excluded`. The
-            router is never converted.
+        modules_to_not_convert: Modules that stay in full precision, in the names of the checkpoint
+            or of NxDI's modules; see :func:`~nxdi_expertscale.families.exclusions.is_excluded`.
+            The router is never converted.
         workers: Threads; by default as many as there are cores for this process.
         overwrite: Replace a finished folder. The old one stays until the new one is complete.
         max_shard_bytes: Size of the files of weights.
@@ -103,23 +106,33 @@ def quantize_checkpoint(
         CheckpointError: The source is malformed or not supported, the destination is taken, or
             there is too little space.
         ConfigurationError: A setting is not possible.
+
+    Example:
+        >>> quantize_checkpoint("Qwen3-30B-A3B", "Qwen3-30B-A3B-FP8").tensors
+        {'quantized experts': 18432, 'quantized linears': 193, 'dequantized': 0, 'kept': 242}
     """
     started = time.perf_counter()
     _check_settings(modules_to_not_convert, workers, max_shard_bytes)
-    source, family = open_model(src)
-    plan = make_plan(source, family, modules_to_not_convert, max_shard_bytes)
     destination = Path(dst).absolute()
-    _check_destination(source, destination, overwrite)
-    _check_space(plan, destination)
-    meter = Meter(sum(shard.source_bytes for shard in plan.shards), progress)
-    with _explained(destination), Staging(destination) as staging:
-        # What an earlier run had complete and not yet moved is this run's result, if it fits.
+
+    # 1. Open the source: its config, the headers of its files, its weights and their scales.
+    source = open_model(src)
+
+    # 2. Plan every file that will be written, and check that there is room for it.
+    plan = make_plan(source, modules_to_not_convert, max_shard_bytes)
+    check_destination(source, destination, overwrite=overwrite)
+    check_space(plan.nbytes, destination)
+
+    with translate_disk_errors(destination), Staging(destination) as staging:
+        # 3. Publish what an earlier run wrote completely; if it is what was asked for, that is all.
         if staging.publish() and (
             mismatch_of(read_manifest(destination), source, modules_to_not_convert) is None
         ):
             resumed = len(plan.shards)
         else:
-            _check_destination(source, destination, overwrite)
+            check_destination(source, destination, overwrite=overwrite)
+
+            # 4. Read, convert and write the weights, shard by shard.
             state = source_state(source)
             records, resumed = write_shards(
                 source,
@@ -127,24 +140,31 @@ def quantize_checkpoint(
                 plan.shards,
                 staging,
                 workers=workers or available_cores(),
-                meter=meter,
+                meter=Meter(sum(shard.source_bytes for shard in plan.shards), progress),
             )
-            names = _write_companions(staging, source, plan)
-            expect_unchanged(source, state)
+
+            # 5. Write the config, the index, and the files that lie beside the weights.
+            files = _write_other_files(staging, source, plan)
+
+            # 6. Check that the source is still what was read, and record what was made from it.
+            check_unchanged(source, state)
             manifest = Manifest(
                 version=__version__,
-                model_type=str(source.config["model_type"]),
+                model_type=source.config.model_type,
                 modules_to_not_convert=normalized(modules_to_not_convert),
                 source=source_records(source, state, digests_of_tensors(records.values())),
                 tensors=plan.count_kinds(),
                 shards=tuple(records[shard.name].file for shard in plan.shards),
-                files=tuple(file_record(staging.path(name)) for name in names),
+                files=files,
             )
             staging.write(MANIFEST, manifest.to_json())
+
+            # 7. Publish: move the files to their places, the index after all that it names.
             staging.publish()
+
     return QuantizationResult(
         destination=destination,
-        source_bytes=source.nbytes,
+        source_bytes=source.files.nbytes,
         output_bytes=plan.nbytes,
         seconds=time.perf_counter() - started,
         tensors=plan.count_kinds(),
@@ -155,32 +175,14 @@ def quantize_checkpoint(
     )
 
 
-@contextmanager
-def _explained(destination: Path) -> Iterator[None]:
-    """Say of a disk that is full, or fails, which it is and what to do: the system may not."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            what, remedy = "the disk is full", "free some space"
-        elif error.filename is None:
-            what, remedy = f"cannot be written ({error.strerror})", "check the disk"
-        else:
-            raise
-        raise CheckpointError(
-            f"{destination}: {what}; {remedy} and run the same again, it goes on from the files "
-            "that are finished"
-        ) from error
-
-
-def _write_companions(staging: Staging, source: Checkpoint, plan: Plan) -> list[str]:
-    """Write all but the weights and the manifest; their names."""
-    names = companions(source.folder, leave_out=[MANIFEST])
+def _write_other_files(staging: Staging, source: Model, plan: Plan) -> tuple[FileRecord, ...]:
+    """Write all files but those of weights and the manifest."""
+    names = auxiliary_files(source.folder, leave_out=[MANIFEST])
     for name in names:
-        staging.write(name, read_companion(source.folder, name))
+        staging.write(name, read_auxiliary_file(source.folder, name))
     staging.write(CONFIG, render_json(plan.config))
     staging.write(INDEX, render_json(plan.index))
-    return [*names, CONFIG, INDEX]
+    return tuple(file_record(staging.path(name)) for name in (*names, CONFIG, INDEX))
 
 
 def _check_settings(
@@ -198,41 +200,3 @@ def _check_settings(
         raise ConfigurationError(f"workers: {workers} threads do nothing; give 1 or more")
     if max_shard_bytes < 1:
         raise ConfigurationError(f"max_shard_bytes: {max_shard_bytes} is no size; give 1 or more")
-
-
-def _check_destination(source: Checkpoint, destination: Path, overwrite: bool) -> None:
-    if not destination.exists():
-        return
-    if not destination.is_dir():
-        raise CheckpointError(f"{destination}: is a file; name a folder")
-    if destination.resolve() == source.folder:
-        raise CheckpointError(f"{destination}: is the source itself; name another folder")
-    if is_complete(destination):
-        return
-    if (destination / MANIFEST).is_file():
-        if not overwrite:
-            raise CheckpointError(
-                f"{destination}: is a finished checkpoint; name another folder, or overwrite it "
-                "with --overwrite"
-            )
-    elif any(path.name != WORK for path in destination.iterdir()):
-        raise CheckpointError(
-            f"{destination}: is not empty and was not made by nxdi-expertscale; name another "
-            "folder, or remove what is in it"
-        )
-
-
-def _check_space(plan: Plan, destination: Path) -> None:
-    folder = destination
-    while not folder.exists():
-        folder = folder.parent
-    # What an interrupted run has written already is used again.
-    written = sum(
-        path.lstat().st_blocks * 512 for path in (destination / WORK).glob("*.safetensors")
-    )
-    free = shutil.disk_usage(folder).free
-    if plan.nbytes - written > free:
-        raise CheckpointError(
-            f"{destination}: needs {(plan.nbytes - written) / 1e9:.2f} GB and {free / 1e9:.2f} GB "
-            "are free; free some space or name a folder on another disk"
-        )

@@ -29,8 +29,9 @@ from rich.text import Text
 if TYPE_CHECKING:
     from nxdi_expertscale.checkpoint import Inspection, QuantizationResult, Verification
     from nxdi_expertscale.diagnostics.doctor import Examination
+    from nxdi_expertscale.evaluation.comparison import Metrics
     from nxdi_expertscale.evaluation.demo import Demo
-    from nxdi_expertscale.evaluation.evaluate import Agreement, Evaluation
+    from nxdi_expertscale.evaluation.evaluate import Evaluation
 
 
 def to_json(value: Any) -> str:
@@ -197,7 +198,7 @@ def evaluation_table(result: Evaluation, title: str | None = None) -> str:
     return f"{rendered(table)}\n{where}; {result.seconds:.0f} s"
 
 
-def scale_kinds(result: Evaluation) -> dict[str, Agreement]:
+def scale_kinds(result: Evaluation) -> dict[str, Metrics]:
     """What was measured, by the name that people read."""
     return {"one per expert": result.expert_wise, "one, averaged": result.averaged}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import filelock
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint, verify_checkpoint
+from nxdi_expertscale.checkpoint.parallel import Progress
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.evaluation import small_model
 from nxdi_expertscale.evaluation.evaluate import Evaluation, evaluate_checkpoint
@@ -28,7 +29,7 @@ TOKENS = 32768
 
 HELD_OUT = "held-out.txt"
 
-Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+Bar = Callable[[str], AbstractContextManager[Progress]]
 """Makes a progress bar for a task."""
 
 
@@ -109,6 +110,6 @@ def _cache() -> Path:
 
 
 def _fingerprint(corpus: small_model.Corpus) -> str:
-    """Digest of all that the models follow from."""
+    """Digest of all that the models depend on."""
     recipe = json.dumps([__version__, CONFIG, asdict(RECIPE), SPREAD, corpus.digest])
     return hashlib.sha256(recipe.encode()).hexdigest()[:12]

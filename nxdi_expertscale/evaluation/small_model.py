@@ -21,8 +21,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from nxdi_expertscale.checkpoint.parallel import Progress
+from nxdi_expertscale.checkpoint.read.config import read_config
 from nxdi_expertscale.checkpoint.read.files import CONFIG, SINGLE_FILE
+from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.evaluation import decoder
+from nxdi_expertscale.evaluation.architecture import EMBEDDINGS, LM_HEAD, derive_architecture
 from nxdi_expertscale.families.built_in import QWEN3_MOE
 
 BYTES = 256
@@ -32,21 +36,18 @@ CONTEXT = 256
 """Tokens of a sequence, in training and in use."""
 
 _HELD_OUT = 16
-"""One file in so many is kept from training."""
+"""One file in so many is held out from training."""
 
-_PIECE = 1024
+_EXCERPT = 1024
 """Characters of each of them: a text of many files, however little of it is used."""
 
 _LEFT_OUT = frozenset({"encodings", "pydoc_data", "site-packages", "test", "tests"})
-"""Folders of tables, of other people's packages, and of tests, which the library may lack."""
-
-Progress = Callable[[int, int], None]
-"""Called with the steps that are done, and all of them."""
+"""Folders of tables, of installed packages, and of tests, which not every Python has."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text to train on, and text of the same kind that is kept from it."""
+    """Text to train on, and held-out text of the same kind."""
 
     training: str
     held_out: str
@@ -72,8 +73,8 @@ def python_library() -> Corpus:
 
 
 def _middle(text: str) -> str:
-    start = max(0, len(text) - _PIECE) // 2
-    return text[start : start + _PIECE]
+    start = max(0, len(text) - _EXCERPT) // 2
+    return text[start : start + _EXCERPT]
 
 
 def _read_source(path: Path) -> str:
@@ -216,11 +217,10 @@ def make(
         recipe: How to train.
         progress: Called with the steps that are done, and all of them.
     """
-    model = decoder.read_architecture(config, QWEN3_MOE, CONFIG)
+    model = derive_architecture(read_config(config, QWEN3_MOE, CONFIG), QWEN3_MOE)
     generator = torch.Generator().manual_seed(recipe.seed)
     weights = {
-        name: _initial(name, shape, generator).requires_grad_()
-        for name, shape in model.shapes().items()
+        name: _initial(name, shape, generator).requires_grad_() for name, shape in model.shapes()
     }
     train(
         lambda tokens: decoder.forward(tokens, weights.__getitem__, model),
@@ -230,7 +230,7 @@ def make(
         progress,
     )
     stored = {
-        name if name == decoder.LM_HEAD else f"model.{name}": value.detach().to(torch.bfloat16)
+        name if name == LM_HEAD else f"model.{name}": value.detach().to(torch.bfloat16)
         for name, value in weights.items()
     }
     save_file(stored, folder / SINGLE_FILE, metadata={"format": "pt"})
@@ -240,7 +240,7 @@ def make(
 def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape)
-    deviation = 0.02 if name == decoder.EMBEDDINGS else shape[-1] ** -0.5
+    deviation = 0.02 if name == EMBEDDINGS else shape[-1] ** -0.5
     return torch.randn(shape, generator=generator) * deviation
 
 
@@ -257,13 +257,13 @@ def spread_experts(model: Path, folder: Path, factor: int) -> None:
         factor: Between the experts with the largest and the smallest magnitude; a power of two.
     """
     weights = load_file(model / SINGLE_FILE)
-    experts = int(json.loads((model / CONFIG).read_text())["num_experts"])
+    num_experts = open_model(model).config.num_experts
     octaves = factor.bit_length() - 1
     for name, weight in weights.items():
         place = QWEN3_MOE.names.parse_expert_key(name)
         if place is None or place.projection == QWEN3_MOE.gate:
             continue
-        exponent = round(octaves * place.expert / (experts - 1)) - octaves // 2
+        exponent = round(octaves * place.expert / (num_experts - 1)) - octaves // 2
         weight.mul_(2.0 ** (-exponent if place.projection == QWEN3_MOE.down else exponent))
     save_file(weights, folder / SINGLE_FILE, metadata={"format": "pt"})
     shutil.copy(model / CONFIG, folder)

@@ -8,13 +8,12 @@ from types import TracebackType
 
 import torch
 
-from nxdi_expertscale.checkpoint.chunks import as_rows
-from nxdi_expertscale.checkpoint.read.files import Checkpoint, TensorReader
-from nxdi_expertscale.checkpoint.read.tensors import Weight, check_architecture, read_weights
+from nxdi_expertscale.checkpoint.read.model import Model
+from nxdi_expertscale.checkpoint.read.tensor_reader import TensorReader
+from nxdi_expertscale.checkpoint.read.tensors import Weight
 from nxdi_expertscale.checkpoint.read.values import ValueReader
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.evaluation.decoder import Architecture, Weights
-from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.evaluation.decoder import Weights
 from nxdi_expertscale.numerics import fp8, scales
 
 _PREFIX = "model."
@@ -25,24 +24,19 @@ class StoredWeights:
     """The weights of a checkpoint, in full precision or quantized, as float32.
 
     Called with a name without Hugging Face's ``model.``, it gives the weight. Nothing is kept:
-    what is read twice is read from the disk twice. Files stay open until it is closed.
+    what is asked for twice is read twice. Files stay open until it is closed.
 
     Attributes:
-        folder: The checkpoint's folder.
-
-    Raises:
-        CheckpointError: The checkpoint is malformed, or quantized in a way that cannot be read.
+        model: The checkpoint.
     """
 
-    def __init__(self, checkpoint: Checkpoint, family: MoEFamily) -> None:
-        check_architecture(checkpoint, family)
+    def __init__(self, model: Model) -> None:
+        self.model = model
         self._weights: Mapping[str, Weight] = {
-            weight.tensor.name.removeprefix(_PREFIX): weight
-            for weight in read_weights(checkpoint, family)
+            weight.name.removeprefix(_PREFIX): weight for weight in model.weights
         }
-        self.folder = checkpoint.folder
-        self._files = TensorReader(checkpoint)
-        self._reader = ValueReader(checkpoint, self._files)
+        self._files = TensorReader(model.files)
+        self._reader = ValueReader(model.files, self._files)
 
     @property
     def names(self) -> frozenset[str]:
@@ -52,17 +46,17 @@ class StoredWeights:
     def __call__(self, name: str) -> torch.Tensor:
         """The values of a weight, ``torch.float32``."""
         weight = self._weights[name]
-        values = self._reader.values(weight, _all_rows(weight))
+        values = self._reader.values(weight, range(weight.tensor.rows))
         return values.clone().view(weight.tensor.shape)
 
-    def is_quantized(self, name: str) -> bool:
-        """Whether a weight has scales."""
+    def has_scale(self, name: str) -> bool:
+        """Whether a weight is stored quantized, with a scale."""
         return self._weights[name].scale is not None
 
-    def quantized(self, name: str) -> torch.Tensor:
-        """A weight as it is stored, without its scales."""
+    def without_scale(self, name: str) -> torch.Tensor:
+        """A quantized weight as it is stored, ``[out, in]``, ``torch.float8_e4m3fn``."""
         weight = self._weights[name]
-        return self._reader.stored(weight, _all_rows(weight)).clone()
+        return self._reader.stored(weight, range(weight.tensor.rows)).clone()
 
     def channel_scale(self, name: str) -> torch.Tensor:
         """The scales of a weight, one for each output channel, ``[1, out]``, ``torch.float32``.
@@ -71,13 +65,13 @@ class StoredWeights:
             CheckpointError: It has none, or one for each block.
         """
         weight = self._weights[name]
-        columns = weight.tensor.shape[-1]
+        columns = weight.tensor.columns
         if weight.scale is None or weight.scale.columns < columns:
             raise CheckpointError(
-                f"{self.folder / weight.tensor.file}: {weight.tensor.name}: does not have one "
-                f"scale for each output channel; {_MAKE_IT}"
+                f"{self.model.files.location(weight.tensor)}: does not have one scale for each "
+                f"output channel; {_MAKE_IT}"
             )
-        return self._reader.scale(weight.scale, _all_rows(weight), columns).T
+        return self._reader.scale(weight.scale, range(weight.tensor.rows), columns).T
 
     def close(self) -> None:
         """Close the files."""
@@ -95,11 +89,7 @@ class StoredWeights:
         self.close()
 
 
-def _all_rows(weight: Weight) -> range:
-    return range(as_rows(weight.tensor.shape)[0])
-
-
-def with_averaged_scales(stored: StoredWeights, model: Architecture) -> Weights:
+def with_averaged_scales(stored: StoredWeights) -> Weights:
     """What a checkpoint's weights become where a layer's experts share their mean scale.
 
     That is NxDI without expert-wise scales: the quantized numbers stay as they are, and the mean
@@ -107,27 +97,28 @@ def with_averaged_scales(stored: StoredWeights, model: Architecture) -> Weights:
 
     Args:
         stored: A checkpoint with one scale for each channel of each expert, in some layers.
-        model: What the checkpoint holds.
 
     Raises:
         CheckpointError: No layer's experts have scales. The weights raise it too, where some
             experts of a layer have scales and others none.
     """
-    family = model.family
+    family, config = stored.model.family, stored.model.config
 
     @lru_cache(maxsize=len(family.projections))
     def shared(layer: int, projection: str) -> torch.Tensor:
-        keys = [family.expert_key(layer, expert, projection) for expert in range(model.experts)]
+        """The mean of a projection's scales over the experts, ``[1, out]``."""
+        experts = range(config.num_experts)
+        keys = [family.expert_key(layer, expert, projection) for expert in experts]
         return scales.average(torch.stack([stored.channel_scale(key) for key in keys]))[0]
 
     def weight(name: str) -> torch.Tensor:
         place = family.names.parse_expert_key(name)
-        if place is None or not stored.is_quantized(name):
+        if place is None or not stored.has_scale(name):
             return stored(name)
-        return fp8.dequantize(stored.quantized(name), shared(place.layer, place.projection).T)
+        return fp8.dequantize(stored.without_scale(name), shared(place.layer, place.projection).T)
 
     if not any(
-        family.names.parse_expert_key(name) and stored.is_quantized(name) for name in stored.names
+        family.names.parse_expert_key(name) and stored.has_scale(name) for name in stored.names
     ):
-        raise CheckpointError(f"{stored.folder}: has no quantized experts; {_MAKE_IT}")
+        raise CheckpointError(f"{stored.model.folder.path}: has no quantized experts; {_MAKE_IT}")
     return weight

@@ -1,4 +1,4 @@
-"""The text that a model is measured on, as tokens."""
+"""The text that models are evaluated on, as tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nxdi_expertscale.errors import CheckpointError, ConfigurationError
+from nxdi_expertscale.errors import CheckpointError, ConfigurationError, damaged
 
 TOKENIZER = "tokenizer.json"
 
@@ -48,14 +48,14 @@ def python_documentation() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
-def tokenize(text: str, checkpoint: Path, vocabulary: int) -> torch.Tensor:
+def tokenize(text: str, checkpoint: Path, vocab_size: int) -> torch.Tensor:
     """A text in the tokens of a checkpoint.
 
     Args:
         text: The text.
         checkpoint: The checkpoint's folder, with ``tokenizer.json``. A model of 256 tokens
             needs none: its tokens are bytes.
-        vocabulary: Number of the model's tokens.
+        vocab_size: Number of tokens that the model knows.
 
     Returns:
         ``[length]``, ``torch.int64``.
@@ -67,14 +67,14 @@ def tokenize(text: str, checkpoint: Path, vocabulary: int) -> torch.Tensor:
     path = checkpoint / TOKENIZER
     if path.is_file():
         found = _encode(text, path)
-    elif vocabulary == _BYTES:
+    elif vocab_size == _BYTES:
         found = list(text.encode())
     else:
         raise CheckpointError(f"{path}: is missing; put the model's tokenizer there")
     tokens = torch.tensor(found, dtype=torch.int64)
-    if tokens.numel() and int(tokens.max()) >= vocabulary:
+    if tokens.numel() and int(tokens.max()) >= vocab_size:
         raise CheckpointError(
-            f"{path}: has a token {int(tokens.max())}, and the model has {vocabulary}; it is "
+            f"{path}: has a token {int(tokens.max())}, and the model has {vocab_size}; it is "
             "another model's"
         )
     return tokens
@@ -91,6 +91,6 @@ def _encode(text: str, path: Path) -> list[int]:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises Exception itself
-        raise CheckpointError(f"{path}: is not a tokenizer ({error}); download it again") from None
+        raise damaged(path, f"is not a tokenizer ({error})") from None
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     return ids

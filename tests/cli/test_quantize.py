@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_nothing_that_loads_and_the_next_run_goes_on(
         assert_refused(run("quantize", src, disk / "dst"), "are free; free some space")
         assert list(disk.iterdir()) == []
         # The check is passed by, as another process might fill the disk after it.
-        monkeypatch.setattr(quantize, "_check_space", lambda *_: None)
+        monkeypatch.setattr(quantize, "check_space", lambda *_: None)
         with pytest.raises(CheckpointError, match="the disk is full; free some space"):
             quantize_checkpoint(src, disk / "dst", max_shard_bytes=20_000)
         assert not list(disk.glob("dst/*.json"))

@@ -22,7 +22,7 @@ from nxdi_expertscale.checkpoint.write.manifest import is_untouched, tensor_name
 from nxdi_expertscale.checkpoint.write.provenance import mismatch
 from nxdi_expertscale.checkpoint.write.staging import WORK
 from nxdi_expertscale.errors import ExpertScaleError
-from nxdi_expertscale.evaluation.decoder import read_architecture
+from nxdi_expertscale.evaluation.architecture import derive_architecture
 from nxdi_expertscale.evaluation.stored_weights import StoredWeights
 from tests.fuzz.guard import guarded
 from tests.fuzz.recipes import Files, Folder, Step
@@ -66,9 +66,9 @@ def _reads(call: Callable[[Path], None], path: Path) -> bool:
 
 
 def _open(path: Path) -> None:
-    checkpoint, family = open_model(path / "model")
-    read_architecture(checkpoint.config, family, "config.json")
-    with StoredWeights(checkpoint, family) as weights:
+    model = open_model(path / "model")
+    derive_architecture(model.config, model.family)
+    with StoredWeights(model) as weights:
         for name in sorted(weights.names)[:3]:
             weights(name)
 

@@ -9,8 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
+from nxdi_expertscale.checkpoint.read.config import read_config
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.evaluation import decoder
+from nxdi_expertscale.evaluation.architecture import (
+    LM_HEAD,
+    Architecture,
+    context_length,
+    derive_architecture,
+)
 from nxdi_expertscale.families.built_in import LLAMA4, MIXTRAL, QWEN3_MOE
 from nxdi_expertscale.families.declaration import MoEFamily
 
@@ -29,6 +36,10 @@ SIZES: dict[str, Any] = {
     "num_experts_per_tok": 2,
 }
 QWEN3 = {**SIZES, "num_experts": 8, "moe_intermediate_size": 32, "intermediate_size": 96}
+
+
+def architecture(config: dict[str, Any], family: MoEFamily = QWEN3_MOE) -> Architecture:
+    return derive_architecture(read_config(config, family, "folder/config.json"), family)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +61,7 @@ def test_logits_agree_with_hugging_face(config: PretrainedConfig, family: MoEFam
         for parameter in reference.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     weights = {name.removeprefix("model."): value for name, value in reference.state_dict().items()}
-    model = decoder.read_architecture(config.to_dict(), family, "config.json")
+    model = architecture(config.to_dict(), family)
 
     with torch.no_grad():
         found = decoder.forward(TOKENS, weights.__getitem__, model)
@@ -58,8 +69,9 @@ def test_logits_agree_with_hugging_face(config: PretrainedConfig, family: MoEFam
 
     assert float((found - expected).norm() / expected.norm()) < ROUNDING
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    assert {**shapes, **model.shapes()} == shapes
-    assert set(shapes) - set(model.shapes()) <= {decoder.LM_HEAD}
+    taken = dict(model.shapes())
+    assert {**shapes, **taken} == shapes
+    assert set(shapes) - set(taken) <= {LM_HEAD}
 
 
 def test_rope_settings_of_transformers_5_are_read() -> None:
@@ -67,9 +79,7 @@ def test_rope_settings_of_transformers_5_are_read() -> None:
     new = {name: value for name, value in old.items() if not name.startswith("rope")}
     new["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
 
-    assert decoder.read_architecture(new, QWEN3_MOE, "") == decoder.read_architecture(
-        old, QWEN3_MOE, ""
-    )
+    assert architecture(new) == architecture(old)
 
 
 @pytest.mark.parametrize(
@@ -85,34 +95,34 @@ def test_what_it_cannot_compute_is_refused(setting: str, value: Any, message: st
     config = {**Qwen3MoeConfig(**QWEN3).to_dict(), setting: value}
 
     with pytest.raises(CheckpointError, match=f"folder/config.json: .*{message}"):
-        decoder.read_architecture(config, QWEN3_MOE, "folder/config.json")
+        architecture(config)
 
 
 def test_family_that_it_does_not_know_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"family llama4 .*verify DST --against SRC"):
-        decoder.read_architecture(Qwen3MoeConfig(**QWEN3).to_dict(), LLAMA4, "config.json")
+        architecture({**QWEN3, "num_local_experts": 8}, LLAMA4)
 
 
 def test_context_ends_where_a_sliding_window_would_begin() -> None:
-    config = {"max_position_embeddings": 64, "sliding_window": 16}
+    def length(**settings: Any) -> int:
+        return context_length(read_config({**QWEN3, **settings}, QWEN3_MOE, "config.json"))
 
-    assert decoder.longest_context({**config, "use_sliding_window": False}, "") == 64
-    assert decoder.longest_context(config, "") == 16
+    assert length(sliding_window=16, use_sliding_window=False) == 64
+    assert length(sliding_window=16) == 16
     with pytest.raises(CheckpointError, match="max_position_embeddings"):
-        decoder.longest_context({}, "config.json")
+        length(max_position_embeddings=None)
 
 
 def test_experts_without_tokens_are_not_asked_for() -> None:
     config = Qwen3MoeConfig(**QWEN3, norm_topk_prob=True)
-    model = decoder.read_architecture(config.to_dict(), QWEN3_MOE, "")
-    model = dataclasses.replace(model, layers=1)
-    asked: set[str] = set()
+    model = dataclasses.replace(architecture(config.to_dict()), num_hidden_layers=1)
+    shapes, asked = dict(model.shapes()), set[str]()
 
     def weights(name: str) -> torch.Tensor:
         asked.add(name)
-        return torch.randn(model.shapes()[name], generator=torch.Generator().manual_seed(0))
+        return torch.randn(shapes[name], generator=torch.Generator().manual_seed(0))
 
-    decoder.feed_forward(torch.randn(1, model.hidden_size), weights, 0, model)
+    decoder.mlp(torch.randn(1, model.hidden_size), weights, 0, model)
 
     experts = {place.expert for name in asked if (place := QWEN3_MOE.names.parse_expert_key(name))}
-    assert len(experts) == model.experts_per_token
+    assert len(experts) == model.num_experts_per_tok

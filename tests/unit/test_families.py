@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from nxdi_expertscale import CheckpointError, ConfigurationError, MoEFamily
-from nxdi_expertscale.families import config_fields, lookup, unsupported
-from nxdi_expertscale.families.built_in import BUILT_IN, LLAMA4, MIXTRAL, QWEN3_MOE
+from nxdi_expertscale.families import lookup, unsupported
+from nxdi_expertscale.families.built_in import BUILT_IN, MIXTRAL, QWEN3_MOE
 from nxdi_expertscale.families.tensor_names import ExpertTensor
 
 by_name = pytest.mark.parametrize("family", BUILT_IN, ids=lambda family: family.name)
@@ -145,12 +145,6 @@ def test_width_of_an_expert_is_not_that_of_a_dense_layer() -> None:
     assert QWEN3_MOE.intermediate_size_of({"intermediate_size": 6144}) == 6144
 
 
-def test_sizes_of_a_model_that_also_sees_are_those_of_its_language_model() -> None:
-    config = {"model_type": "llama4", "text_config": {"num_local_experts": 16}}
-
-    assert LLAMA4.experts_of(config) == 16
-
-
 def test_family_of_a_model_type() -> None:
     assert lookup.family_of("qwen3_moe", BUILT_IN) is QWEN3_MOE
     assert lookup.family_of("mixtral", BUILT_IN) is MIXTRAL
@@ -189,20 +183,6 @@ def test_stacked_experts_are_named_by_their_layer() -> None:
     assert QWEN3_MOE.names.parse_stacked_key(f"model.{key}") == (3, "gate_up_proj")
     assert MIXTRAL.stacked is None
     assert MIXTRAL.names.parse_stacked_key("layers.3.block_sparse_moe.experts.gate_up_proj") is None
-
-
-@pytest.mark.parametrize(
-    ("config", "tied"),
-    [
-        ({"tie_word_embeddings": True}, True),
-        ({"text_config": {"tie_word_embeddings": True}}, True),
-        ({"tie_word_embeddings": False}, False),
-        ({"tie_word_embeddings": 1}, False),
-        ({}, False),
-    ],
-)
-def test_embeddings_are_tied_where_the_config_says_so(config: dict[str, Any], tied: bool) -> None:
-    assert config_fields.ties_embeddings(config) is tied
 
 
 def test_unsupported_model_without_a_type_is_known_by_its_module() -> None:

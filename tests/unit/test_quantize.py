@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from nxdi_expertscale.checkpoint import chunks, quantize, quantize_checkpoint
+from nxdi_expertscale.checkpoint import quantize_checkpoint
+from nxdi_expertscale.checkpoint.read import chunks
 from nxdi_expertscale.checkpoint.write.staging import WORK, Staging
-from nxdi_expertscale.checkpoint.write.stream import _OpenShard
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 from nxdi_expertscale.numerics import fp8
 from tests.harness import checkpoints
@@ -195,14 +196,14 @@ def test_the_output_does_not_depend_on_the_workers(
     assert checkpoints.contents(tmp_path / "1") == checkpoints.contents(tmp_path / "7")
 
 
-def test_the_weights_do_not_depend_on_the_size_of_pieces(
+def test_the_weights_do_not_depend_on_the_size_of_chunks(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantize_checkpoint(src, tmp_path / "whole")
-    monkeypatch.setattr(chunks, "PIECE_ELEMENTS", 7 * checkpoints.HIDDEN)
-    quantize_checkpoint(src, tmp_path / "pieces")
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 7 * checkpoints.HIDDEN)
+    quantize_checkpoint(src, tmp_path / "chunks")
 
-    assert_same(checkpoints.load(tmp_path / "pieces"), checkpoints.load(tmp_path / "whole"))
+    assert_same(checkpoints.load(tmp_path / "chunks"), checkpoints.load(tmp_path / "whole"))
 
 
 def test_the_folder_has_all_that_belongs_to_a_checkpoint(src: Path, tmp_path: Path) -> None:
@@ -356,7 +357,7 @@ class TestDestination:
         self, src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         usage = type("Usage", (), {"free": 1000})
-        monkeypatch.setattr(quantize.shutil, "disk_usage", lambda _: usage)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
         with pytest.raises(CheckpointError, match=r"needs 0\.00 GB and 0\.00 GB are free"):
             quantize_checkpoint(src, tmp_path / "dst")
@@ -374,23 +375,15 @@ class TestDestination:
 
 
 class TestGoingOn:
-    def test_finished_shards_are_used_again(
-        self, src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_finished_shards_are_used_again(self, src: Path, tmp_path: Path) -> None:
         quantize_checkpoint(src, tmp_path / "undisturbed", max_shard_bytes=SMALL)
-        write, calls = _OpenShard.write, 0
 
-        def fail_late(shard: _OpenShard, data: memoryview, offset: int) -> None:
-            nonlocal calls
-            calls += 1
-            if calls > 60:
+        def fill_disk(done: int, total: int) -> None:
+            if done > 0.7 * total:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "dst")
-            write(shard, data, offset)
 
-        monkeypatch.setattr(_OpenShard, "write", fail_late)
         with pytest.raises(CheckpointError, match="the disk is full; free some space"):
-            quantize_checkpoint(src, tmp_path / "dst", max_shard_bytes=SMALL)
-        monkeypatch.setattr(_OpenShard, "write", write)
+            quantize_checkpoint(src, tmp_path / "dst", max_shard_bytes=SMALL, progress=fill_disk)
 
         assert [path.name for path in (tmp_path / "dst").iterdir()] == [WORK]
         kept = {path.name for path in (tmp_path / "dst" / WORK).glob("*.safetensors")}
@@ -416,16 +409,14 @@ class TestGoingOn:
         assert result.resumed_shards > 0
         assert_same(checkpoints.load(tmp_path / "dst"), quantized_by_hand(values))
 
-    def test_nothing_of_another_request_is_used(
-        self, src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def stop(*_: object) -> None:
-            raise KeyboardInterrupt
+    def test_nothing_of_another_request_is_used(self, src: Path, tmp_path: Path) -> None:
+        def stop_late(done: int, total: int) -> None:
+            if done == total:
+                raise KeyboardInterrupt
 
-        monkeypatch.setattr(quantize, "_write_companions", stop)
         with pytest.raises(KeyboardInterrupt):
-            quantize_checkpoint(src, tmp_path / "dst", max_shard_bytes=SMALL)
-        monkeypatch.undo()
+            quantize_checkpoint(src, tmp_path / "dst", max_shard_bytes=SMALL, progress=stop_late)
+        assert list((tmp_path / "dst" / WORK).glob("*.record"))
         excluded = {"modules_to_not_convert": ["self_attn"], "max_shard_bytes": SMALL}
 
         result = quantize_checkpoint(src, tmp_path / "dst", **excluded)

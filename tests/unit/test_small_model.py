@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from nxdi_expertscale.checkpoint.read.config import read_config
 from nxdi_expertscale.evaluation import decoder, small_model
+from nxdi_expertscale.evaluation.architecture import derive_architecture
 from nxdi_expertscale.families.built_in import QWEN3_MOE
 
 CONFIG = small_model.qwen3_moe_config(hidden_size=32, moe_intermediate_size=16)
@@ -24,10 +26,10 @@ def _make(folder: Path, steps: int = 12) -> Path:
 def test_library_is_split_into_different_texts() -> None:
     corpus = small_model.python_library()
 
-    pieces = [corpus.held_out[start : start + 200] for start in range(0, 20_000, 2_000)]
+    excerpts = [corpus.held_out[start : start + 200] for start in range(0, 20_000, 2_000)]
     assert len(corpus.held_out) > 30_000
     assert len(corpus.training) > 100 * len(corpus.held_out)
-    assert not any(piece in corpus.training for piece in pieces)
+    assert not any(excerpt in corpus.training for excerpt in excerpts)
 
 
 def test_unigram_perplexity_of_even_bytes_is_their_number() -> None:
@@ -38,7 +40,7 @@ def test_unigram_perplexity_of_even_bytes_is_their_number() -> None:
 
 def test_training_learns(tmp_path: Path) -> None:
     folder = _make(tmp_path / "model", steps=40)
-    model = decoder.read_architecture(CONFIG, QWEN3_MOE, "")
+    model = derive_architecture(read_config(CONFIG, QWEN3_MOE, ""), QWEN3_MOE)
     weights = {
         name.removeprefix("model."): value.float()
         for name, value in load_file(folder / "model.safetensors").items()
@@ -71,7 +73,7 @@ def test_spread_experts_compute_the_same(tmp_path: Path) -> None:
     folder, spread = _make(tmp_path / "model"), tmp_path / "spread"
     spread.mkdir()
     small_model.spread_experts(folder, spread, 16)
-    model = decoder.read_architecture(CONFIG, QWEN3_MOE, "")
+    model = derive_architecture(read_config(CONFIG, QWEN3_MOE, ""), QWEN3_MOE)
     before, after = (
         {
             name.removeprefix("model."): value.float()

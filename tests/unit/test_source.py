@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nxdi_expertscale.checkpoint.read.files import companions, open_checkpoint
+from nxdi_expertscale.checkpoint.read.files import WeightFiles, auxiliary_files
+from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.sources.folder import open_folder
 from tests.harness import checkpoints
 
 INDEX = "model.safetensors.index.json"
@@ -19,23 +21,27 @@ def folder(tmp_path: Path) -> Path:
     return checkpoints.save(tmp_path / "model")
 
 
+def read(path: Path) -> WeightFiles:
+    return open_model(path).files
+
+
 def rewrite_index(folder: Path, weight_map: dict[str, object]) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 def test_all_tensors_are_found_in_the_order_of_the_files(folder: Path) -> None:
-    checkpoint = open_checkpoint(folder)
+    files = read(folder)
 
-    assert set(checkpoint.tensors) == set(checkpoints.tensors())
-    assert [t.file for t in checkpoint.tensors.values()] == sorted(
-        t.file for t in checkpoint.tensors.values()
+    assert set(files.tensors) == set(checkpoints.tensors())
+    assert [t.file for t in files.tensors.values()] == sorted(
+        t.file for t in files.tensors.values()
     )
 
 
 def test_a_single_file_needs_no_index(tmp_path: Path) -> None:
     folder = checkpoints.save(tmp_path / "model", shards=1)
 
-    assert set(open_checkpoint(folder).tensors) == set(checkpoints.tensors())
+    assert set(read(folder).tensors) == set(checkpoints.tensors())
 
 
 def test_a_folder_of_the_hubs_cache_is_read(folder: Path, tmp_path: Path) -> None:
@@ -47,8 +53,8 @@ def test_a_folder_of_the_hubs_cache_is_read(folder: Path, tmp_path: Path) -> Non
         path.rename(blobs / str(number))
         (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
 
-    assert set(open_checkpoint(snapshot).tensors) == set(checkpoints.tensors())
-    assert companions(snapshot) == ["generation_config.json", "tokenizer.json"]
+    assert set(read(snapshot).tensors) == set(checkpoints.tensors())
+    assert auxiliary_files(open_folder(snapshot)) == ["generation_config.json", "tokenizer.json"]
 
 
 @pytest.mark.parametrize("name", ["config.json", SECOND, INDEX])
@@ -58,14 +64,14 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path, name:
     (folder / name).symlink_to(outside)
 
     with pytest.raises(CheckpointError, match=f"{name}: is a symbolic link out of"):
-        open_checkpoint(folder)
+        read(folder)
 
 
 def test_a_link_within_the_folder_is_followed(folder: Path) -> None:
     (folder / SECOND).rename(folder / "weights")
     (folder / SECOND).symlink_to("weights")
 
-    assert set(open_checkpoint(folder).tensors) == set(checkpoints.tensors())
+    assert set(read(folder).tensors) == set(checkpoints.tensors())
 
 
 def test_a_link_to_itself_is_refused(folder: Path) -> None:
@@ -73,7 +79,7 @@ def test_a_link_to_itself_is_refused(folder: Path) -> None:
     (folder / SECOND).symlink_to(SECOND)
 
     with pytest.raises(CheckpointError, match=f"{SECOND}: is missing"):
-        open_checkpoint(folder)
+        read(folder)
 
 
 def test_a_pipe_is_refused_and_not_waited_for(folder: Path) -> None:
@@ -81,7 +87,7 @@ def test_a_pipe_is_refused_and_not_waited_for(folder: Path) -> None:
     os.mkfifo(folder / SECOND)
 
     with pytest.raises(CheckpointError, match="is not a regular file"):
-        open_checkpoint(folder)
+        read(folder)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +97,7 @@ def test_an_index_that_names_files_outside_the_folder_is_refused(folder: Path, f
     rewrite_index(folder, {"model.norm.weight": file})
 
     with pytest.raises(CheckpointError, match="which is not a file of the folder"):
-        open_checkpoint(folder)
+        read(folder)
 
 
 @pytest.mark.parametrize(
@@ -109,14 +115,14 @@ def test_a_malformed_index_is_refused(folder: Path, text: str, message: str) -> 
     (folder / INDEX).write_text(text)
 
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(folder)
+        read(folder)
 
 
 def test_a_missing_shard_is_named(folder: Path) -> None:
     (folder / SECOND).unlink()
 
     with pytest.raises(CheckpointError, match=f"{SECOND}: is missing"):
-        open_checkpoint(folder)
+        read(folder)
 
 
 def test_a_tensor_that_the_index_promises_has_to_be_there(folder: Path) -> None:
@@ -124,7 +130,7 @@ def test_a_tensor_that_the_index_promises_has_to_be_there(folder: Path) -> None:
     rewrite_index(folder, {**index, "model.layers.9.mlp.gate.weight": SECOND})
 
     with pytest.raises(CheckpointError, match=r"layers\.9\.mlp\.gate\.weight: is missing"):
-        open_checkpoint(folder)
+        read(folder)
 
 
 def test_a_tensor_that_the_index_does_not_name_is_refused(folder: Path) -> None:
@@ -133,7 +139,7 @@ def test_a_tensor_that_the_index_does_not_name_is_refused(folder: Path) -> None:
     rewrite_index(folder, index)
 
     with pytest.raises(CheckpointError, match=r"does not name model\.norm\.weight"):
-        open_checkpoint(folder)
+        read(folder)
 
 
 def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
@@ -142,7 +148,7 @@ def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
     rewrite_index(folder, {**index, "again": "again.safetensors"})
 
     with pytest.raises(CheckpointError, match=r"is in .*\.safetensors as well"):
-        open_checkpoint(folder)
+        read(folder)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +165,7 @@ def test_what_is_not_a_checkpoint_is_refused(folder: Path, prepare: object, mess
     prepare(folder)
 
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(folder)
+        read(folder)
 
 
 def test_a_pickle_is_never_read(tmp_path: Path) -> None:
@@ -168,9 +174,9 @@ def test_a_pickle_is_never_read(tmp_path: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
 
     with pytest.raises(CheckpointError, match="pickled weights are never read"):
-        open_checkpoint(folder)
+        read(folder)
 
 
 def test_a_name_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder"):
-        open_checkpoint(tmp_path / "Qwen" / "Qwen3-30B-A3B")
+        read(tmp_path / "Qwen" / "Qwen3-30B-A3B")

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from nxdi_expertscale import CheckpointError, quantize_checkpoint
 from nxdi_expertscale.checkpoint import verify_checkpoint
-from nxdi_expertscale.checkpoint.chunks import PIECE_ELEMENTS, row_ranges
+from nxdi_expertscale.checkpoint.read import chunks
+from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.families.declaration import GATE_UP
 
 EXPERTS, HIDDEN, INNER, VOCABULARY = 4, 24, 10, 16
@@ -146,15 +147,16 @@ def test_equals_experts_one_by_one(
     assert not verification.faults
 
 
-def test_a_large_expert_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nxdi_expertscale.checkpoint.chunks.PIECE_ELEMENTS", 3 * HIDDEN)
-    assert len(list(row_ranges((INNER, HIDDEN)))) > 1
+def test_a_large_expert_is_read_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stacked = save(tmp_path / "stacked", LLAMA4, llama4())
-    quantize_checkpoint(stacked, tmp_path / "pieces")
-    monkeypatch.setattr("nxdi_expertscale.checkpoint.chunks.PIECE_ELEMENTS", PIECE_ELEMENTS)
     quantize_checkpoint(stacked, tmp_path / "whole")
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 3 * HIDDEN)
+    expert = next(weight for weight in open_model(stacked).weights if weight.expert is not None)
+    assert len(list(chunks.chunks_of([expert]))) > 1
 
-    assert same_bits(tensors_of(tmp_path / "pieces"), tensors_of(tmp_path / "whole"))
+    quantize_checkpoint(stacked, tmp_path / "chunks")
+
+    assert same_bits(tensors_of(tmp_path / "chunks"), tensors_of(tmp_path / "whole"))
 
 
 def test_llama4_keeps_what_nxdi_cannot_load_quantized(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
 from nxdi_expertscale.checkpoint import safetensors_format
-from nxdi_expertscale.checkpoint.safetensors_format import NewTensor, lay_out, read_tensors
+from nxdi_expertscale.checkpoint.safetensors_format import NewTensor, lay_out, read_header
 from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.sources.folder import open_folder
 
 
 def write(path: Path, header: Any, data: bytes) -> Path:
@@ -33,7 +34,7 @@ def test_tensors_are_found_where_the_library_put_them(tmp_path: Path) -> None:
     }
     save_file(values, tmp_path / "a.safetensors")
 
-    tensors, header = read_tensors(tmp_path / "a.safetensors")
+    tensors, header = read_header(open_folder(tmp_path), "a.safetensors")
 
     content = (tmp_path / "a.safetensors").read_bytes()
     assert content.startswith(header)
@@ -95,7 +96,7 @@ def test_a_header_that_lies_is_refused(
     path = write(tmp_path / "a.safetensors", header, data)
 
     with pytest.raises(CheckpointError, match=message) as error:
-        read_tensors(path)
+        read_header(open_folder(path.parent), path.name)
 
     assert str(path) in str(error.value)
 
@@ -106,7 +107,7 @@ def test_a_file_that_ends_in_its_header_is_refused(tmp_path: Path, content: byte
     path.write_bytes(content)
 
     with pytest.raises(CheckpointError, match="truncated or is not a safetensors file"):
-        read_tensors(path)
+        read_header(open_folder(path.parent), path.name)
 
 
 def test_a_header_too_long_to_be_parsed_in_memory_is_refused(
@@ -116,7 +117,7 @@ def test_a_header_too_long_to_be_parsed_in_memory_is_refused(
     path = write(tmp_path / "a.safetensors", b"{" + b" " * 20 + b"}", b"")
 
     with pytest.raises(CheckpointError, match="has a header of 22 bytes"):
-        read_tensors(path)
+        read_header(open_folder(path.parent), path.name)
 
 
 @given(st.binary(max_size=200))
@@ -125,7 +126,7 @@ def test_garbage_is_an_error_of_ours(tmp_path_factory: Any, content: bytes) -> N
     path.write_bytes(len(content).to_bytes(8, "little") + content)
 
     try:
-        tensors, _ = read_tensors(path)
+        tensors, _ = read_header(open_folder(path.parent), path.name)
     except CheckpointError:
         return
     assert tensors == []

@@ -1,1 +1,1 @@
-"""A checkpoint on disk, opened and checked: files, config, tensors, values."""
+"""A checkpoint as it is found: files, config, tensors and their values, opened as one model."""

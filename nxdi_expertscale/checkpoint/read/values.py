@@ -1,4 +1,4 @@
-"""The values that a checkpoint means, read in pieces of whole rows into memory that is reused."""
+"""The values of a checkpoint's weights, read by rows into memory that is used again."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nxdi_expertscale.checkpoint.chunks import as_rows
-from nxdi_expertscale.checkpoint.read.files import Checkpoint, TensorReader
-from nxdi_expertscale.checkpoint.read.tensors import FP8, BlockScale, Weight
+from nxdi_expertscale.checkpoint.read.files import WeightFiles
+from nxdi_expertscale.checkpoint.read.scales import BlockScale
+from nxdi_expertscale.checkpoint.read.tensor_reader import TensorReader
+from nxdi_expertscale.checkpoint.read.tensors import FP8, Weight
 from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor
-from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.errors import damaged
 from nxdi_expertscale.numerics import fp8
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -32,7 +33,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 @dataclass
 class Buffers(threading.local):
-    """A thread's memory, used again for each piece."""
+    """A thread's memory, used again for each chunk."""
 
     raw: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     values: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32))
@@ -51,30 +52,41 @@ class Buffers(threading.local):
 
 
 class ValueReader:
-    """Reads pieces of a checkpoint's tensors, from several threads at once."""
+    """Reads rows of a checkpoint's weights, from several threads at once.
 
-    def __init__(self, checkpoint: Checkpoint, reader: TensorReader) -> None:
-        self._checkpoint = checkpoint
+    Attributes:
+        buffers: The memory of each thread. What a method returns lies in it, until it is called
+            again.
+    """
+
+    def __init__(self, files: WeightFiles, reader: TensorReader) -> None:
+        self._files = files
         self._reader = reader
         self.buffers = Buffers()
 
     def stored(self, weight: Weight, rows: range) -> torch.Tensor:
-        """Rows of a tensor as they are on the disk.
+        """Rows of a weight as they are stored.
+
+        Args:
+            weight: The weight.
+            rows: Which of its rows.
 
         Returns:
             ``[rows, columns]`` in the stored dtype, or ``torch.uint8`` bytes where the dtype is
             not one of :data:`TORCH_DTYPES`. It is the thread's buffer.
         """
         tensor = weight.tensor
-        total, columns = as_rows(tensor.shape)
-        row_bytes = tensor.nbytes // total
-        raw = self.buffers.take("raw", (len(rows) * row_bytes,))
+        raw = self.buffers.take("raw", (len(rows) * (tensor.nbytes // tensor.rows),))
         self._reader.read_rows_into(as_bytes(raw), tensor, rows)
         dtype = TORCH_DTYPES.get(tensor.dtype)
-        return raw if dtype is None else raw.view(dtype).view(len(rows), columns)
+        return raw if dtype is None else raw.view(dtype).view(len(rows), tensor.columns)
 
     def values(self, weight: Weight, rows: range) -> torch.Tensor:
-        """The values of rows of a tensor whose dtype is one of :data:`TORCH_DTYPES`.
+        """The values of rows of a weight whose dtype is one of :data:`TORCH_DTYPES`.
+
+        Args:
+            weight: The weight.
+            rows: Which of its rows.
 
         Returns:
             ``[rows, columns]``, ``torch.float32``. It is the thread's buffer.
@@ -91,7 +103,7 @@ class ValueReader:
         """The values of rows of a quantized weight.
 
         Args:
-            stored: The rows as they are on the disk, ``[rows, columns]``.
+            stored: The rows as they are stored, ``[rows, columns]``.
             scale: The weight's scale.
             rows: Which rows they are.
 
@@ -105,7 +117,12 @@ class ValueReader:
         return fp8.scale_blocks_(values, self.scale(scale, rows, stored.shape[1]), scale.columns)
 
     def scale(self, scale: BlockScale, rows: range, columns: int) -> torch.Tensor:
-        """Scales of some rows of a weight with ``columns`` columns.
+        """The scales of rows of a weight.
+
+        Args:
+            scale: The weight's scale.
+            rows: Which of the weight's rows.
+            columns: Number of the weight's columns.
 
         Returns:
             ``[rows, blocks of columns]``, ``torch.float32``.
@@ -121,21 +138,19 @@ class ValueReader:
         self._reader.read_into(as_bytes(stored), tensor.file, offset)
         values = stored.to(torch.float32)
         if not bool((torch.isfinite(values) & (values > 0)).all()):
-            raise CheckpointError(
-                f"{self._checkpoint.folder / tensor.file}: {tensor.name}: has a scale that is not "
-                "a positive number; download the file again"
-            )
+            raise damaged(self._files.location(tensor), "has a scale that is not a positive number")
         return values[torch.arange(rows.start, rows.stop) // scale.rows - first]
 
-    def expect_finite(self, tensor: StoredTensor, values: torch.Tensor) -> None:
-        """Check that values, or figures that NaN and infinity go into, are finite.
+    def check_finite(self, tensor: StoredTensor, values: torch.Tensor) -> None:
+        """Check that values, or results that NaN and infinity carry over to, are finite.
+
+        Args:
+            tensor: The tensor that they come from.
+            values: Of any shape and float dtype.
 
         Raises:
             CheckpointError: They are not.
         """
         extremes = torch.stack([values.amax(), values.amin()])
         if not bool(torch.isfinite(extremes).all()):
-            raise CheckpointError(
-                f"{self._checkpoint.folder / tensor.file}: {tensor.name}: has NaN or infinity; "
-                "download the file again"
-            )
+            raise damaged(self._files.location(tensor), "has NaN or infinity")

@@ -1,1 +1,1 @@
-"""An FP8 checkpoint in the making: plan, stream, staging, manifest, provenance."""
+"""A checkpoint as it is written: plan, shards, staging, manifest, provenance."""

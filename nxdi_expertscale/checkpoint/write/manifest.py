@@ -1,11 +1,10 @@
-"""The manifest of a finished folder: what it was made from, how, and what belongs to it.
+"""The manifest of a finished folder: what it was made from, with which settings, and its files.
 
-Its file is written last, so a folder that has it is finished.
+It is written last, so a folder that has one is finished.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,8 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nxdi_expertscale.checkpoint import digests
-from nxdi_expertscale.checkpoint.read.files import INDEX, SINGLE_FILE, is_file_name, read_json
-from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.checkpoint.json_files import read_json, render_json
+from nxdi_expertscale.checkpoint.read.files import INDEX, SINGLE_FILE
+from nxdi_expertscale.errors import CheckpointError, one_line
+from nxdi_expertscale.sources.folder import is_file_name, open_folder
 
 MANIFEST = "nxdi_expertscale.json"
 FORMAT = 1
@@ -50,14 +51,14 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished folder says of itself.
+    """The record of how a finished folder was made.
 
     Attributes:
-        version: The package's version that made it.
+        version: The version of this package that made it.
         model_type: The model's type.
-        modules_to_not_convert: Modules that were left as they are.
+        modules_to_not_convert: Modules that were left in full precision.
         source: The files that it was made from.
-        tensors: How many tensors of each kind.
+        tensors: How many tensors there are of each kind.
         shards: The files of weights.
         files: The other files.
     """
@@ -76,13 +77,8 @@ class Manifest:
 
 
 def file_record(path: Path) -> FileRecord:
-    """The record of a file as it is on the disk."""
+    """The record of a file as it is on the disk now."""
     return FileRecord(path.name, path.stat().st_size, digests.digest_file(path))
-
-
-def render_json(value: Mapping[str, Any]) -> bytes:
-    """A JSON object as the bytes of a file that people may read."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
@@ -97,7 +93,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
             f"{path}: was not made by nxdi-expertscale quantize, or is not finished: it has no "
             f"{MANIFEST}; run quantize"
         )
-    value = read_json(path.resolve(), MANIFEST)
+    value = read_json(open_folder(path), MANIFEST)
     if value.get("format") != FORMAT:
         raise CheckpointError(
             f"{path / MANIFEST}: has format {value.get('format')!r}, and this version reads "
@@ -115,7 +111,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
-            f"{path / MANIFEST}: is damaged ({type(error).__name__}: {error}); run quantize again"
+            f"{path / MANIFEST}: is damaged ({one_line(error)}); run quantize again"
         ) from None
     for record in (*manifest.shards, *manifest.files):
         if not is_file_name(record.name):
@@ -173,7 +169,7 @@ def tensor_names(folder: str | os.PathLike[str]) -> set[str]:
     Raises:
         CheckpointError: The index is missing or damaged.
     """
-    weight_map = read_json(Path(folder).resolve(), INDEX).get("weight_map")
+    weight_map = read_json(open_folder(folder), INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{Path(folder) / INDEX}: has no weight_map; run quantize again")
     return set(weight_map)

@@ -1,6 +1,6 @@
-"""What becomes of each tensor of a checkpoint: decided from names and shapes alone.
+"""The plan of a run: what is done with each tensor, and in which file it is written.
 
-Nothing is read but headers and nothing is written, so whatever can be refused is refused here.
+It is made from names, dtypes and shapes alone. No weight is read and nothing is written.
 """
 
 from __future__ import annotations
@@ -12,23 +12,17 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nxdi_expertscale.checkpoint.read.files import Checkpoint
-from nxdi_expertscale.checkpoint.read.tensors import (
-    FP8,
-    SCALE_SUFFIX,
-    Weight,
-    check_architecture,
-    module_of,
-    read_weights,
-)
+from nxdi_expertscale.checkpoint.read.model import Model
+from nxdi_expertscale.checkpoint.read.scales import SCALE_SUFFIX
+from nxdi_expertscale.checkpoint.read.tensors import FP8, Weight, module_of
 from nxdi_expertscale.checkpoint.safetensors_format import NewTensor, lay_out
-from nxdi_expertscale.families.config_fields import ties_embeddings
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.exclusions import is_excluded
 
 LM_HEAD = "lm_head"
 
 _HF_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""The format's names of the dtypes that a config may name."""
 
 
 class Treatment(enum.Enum):
@@ -50,7 +44,7 @@ class PlannedTensor:
     @property
     def name(self) -> str:
         """Its name, in the source and in the output."""
-        return self.weight.tensor.name
+        return self.weight.name
 
     @property
     def scale_name(self) -> str:
@@ -79,7 +73,7 @@ KINDS = ("quantized experts", "quantized linears", "dequantized", "kept")
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A file to be written.
+    """A file of weights to be written.
 
     Attributes:
         name: Its name.
@@ -109,8 +103,9 @@ class Plan:
         shards: The files of weights.
         index: What the index will hold.
         config: What ``config.json`` will hold.
-        exclusions: Names of the modules that stay as they are, as asked for and as needed.
-        unused_exclusions: Those that no module of the checkpoint has in its path.
+        exclusions: Modules that stay in full precision: those that were requested, and those that
+            NxDI cannot load quantized.
+        unused_exclusions: Requested ones that no module of the checkpoint has in its path.
     """
 
     shards: tuple[ShardPlan, ...]
@@ -130,87 +125,73 @@ class Plan:
         return {kind: counts[kind] for kind in KINDS}
 
 
-def make_plan(
-    checkpoint: Checkpoint,
-    family: MoEFamily,
-    modules_to_not_convert: Iterable[str],
-    max_shard_bytes: int,
-) -> Plan:
-    """Decide what becomes of each tensor, and in which file it goes.
+def make_plan(model: Model, modules_to_not_convert: Iterable[str], max_shard_bytes: int) -> Plan:
+    """Decide what is done with each tensor, and in which file it is written.
 
     What is quantized is what NxDI's own step quantizes (``application_base.py``,
     ``generate_quantized_state_dict``: every linear layer, ``lm_head`` too), except the router.
     What is not quantized keeps its dtype; if it was quantized it gets the model's.
 
     Args:
-        checkpoint: The source.
-        family: Its family.
-        modules_to_not_convert: Modules that stay as they are; see
+        model: The source.
+        modules_to_not_convert: Modules that stay in full precision; see
             :func:`~nxdi_expertscale.families.exclusions.is_excluded`.
         max_shard_bytes: Size at which a new file is begun.
 
     Raises:
-        CheckpointError: The checkpoint is quantized in a way that cannot be read, or lacks
-            experts, or has shapes that disagree with its config.
         ConfigurationError: An exclusion names a part of a fused weight.
     """
-    asked = tuple(modules_to_not_convert)
-    exclusions = effective_exclusions(checkpoint.config, family, asked)
-    weights = read_weights(checkpoint, family)
-    check_architecture(checkpoint, family)
-    full_precision = _full_precision(checkpoint.config)
-    planned = [_planned(weight, family, exclusions, full_precision) for weight in weights]
-    shards = tuple(_shards(planned, max_shard_bytes))
+    requested = tuple(modules_to_not_convert)
+    exclusions = effective_exclusions(model, requested)
+    full_precision = _HF_DTYPES.get(model.config.dtype or "", "BF16")
+    planned = [
+        _plan_tensor(weight, model.family, exclusions, full_precision) for weight in model.weights
+    ]
+    shards = tuple(_plan_shards(planned, max_shard_bytes))
     weight_map = {name: shard.name for shard in shards for name in shard.offsets}
     total = sum(new.nbytes for tensor in planned for new in tensor.outputs)
     return Plan(
         shards=shards,
         index={"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
-        config=_output_config(checkpoint.config, planned),
+        config=_output_config(model.config.raw, planned),
         exclusions=exclusions,
-        unused_exclusions=tuple(_unused(asked, weights, family)),
+        unused_exclusions=tuple(_unused(requested, model)),
     )
 
 
-def effective_exclusions(
-    config: Mapping[str, Any], family: MoEFamily, asked: Iterable[str]
-) -> tuple[str, ...]:
-    """Exclusions as asked for, as the family needs, and ``lm_head`` with tied embeddings."""
+def effective_exclusions(model: Model, requested: Iterable[str]) -> tuple[str, ...]:
+    """The exclusions that are requested, those of the family, and ``lm_head`` where it is tied."""
     # One table then serves both ends of the model, and a table of embeddings has no scales.
-    tied = (LM_HEAD,) if ties_embeddings(config) else ()
-    return tuple(dict.fromkeys((*asked, *family.full_precision, *tied)))
+    tied = (LM_HEAD,) if model.config.tie_word_embeddings else ()
+    return tuple(dict.fromkeys((*requested, *model.family.full_precision, *tied)))
 
 
-def _unused(
-    exclusions: Iterable[str], weights: Sequence[Weight], family: MoEFamily
-) -> Iterator[str]:
-    modules = {weight.module for weight in weights} | {LM_HEAD}
+def _unused(exclusions: Iterable[str], model: Model) -> Iterator[str]:
+    modules = {weight.module for weight in model.weights} | {LM_HEAD}
     for exclusion in exclusions:
-        if not any(is_excluded(module, [exclusion], family) for module in modules):
+        if not any(is_excluded(module, [exclusion], model.family) for module in modules):
             yield exclusion
 
 
-def quantized_tensors(
-    checkpoint: Checkpoint, family: MoEFamily, modules_to_not_convert: Iterable[str]
-) -> set[str]:
+def tensors_to_quantize(model: Model, modules_to_not_convert: Iterable[str]) -> set[str]:
     """Names of the tensors that a plan with these exclusions quantizes; see :func:`make_plan`."""
-    exclusions = effective_exclusions(checkpoint.config, family, modules_to_not_convert)
+    exclusions = effective_exclusions(model, modules_to_not_convert)
     return {
-        weight.tensor.name
-        for weight in read_weights(checkpoint, family)
-        if _is_to_be_quantized(weight, family, exclusions)
+        weight.name
+        for weight in model.weights
+        if _is_to_be_quantized(weight, model.family, exclusions)
     }
 
 
 def _is_to_be_quantized(weight: Weight, family: MoEFamily, exclusions: Collection[str]) -> bool:
     return (
         weight.is_linear
-        and not family.names.is_router_key(weight.tensor.name)
+        and not family.names.is_router_key(weight.name)
         and not is_excluded(weight.module, exclusions, family)
     )
 
 
-def _planned(
+def _plan_tensor(
     weight: Weight, family: MoEFamily, exclusions: Collection[str], full_precision: str
 ) -> PlannedTensor:
     if _is_to_be_quantized(weight, family, exclusions):
@@ -220,12 +201,7 @@ def _planned(
     return PlannedTensor(weight, Treatment.KEEP, weight.tensor.dtype)
 
 
-def _full_precision(config: Mapping[str, Any]) -> str:
-    dtype = config.get("dtype", config.get("torch_dtype"))
-    return _HF_DTYPES.get(dtype, "BF16") if isinstance(dtype, str) else "BF16"
-
-
-def _shards(tensors: Iterable[PlannedTensor], max_shard_bytes: int) -> Iterator[ShardPlan]:
+def _plan_shards(tensors: Iterable[PlannedTensor], max_shard_bytes: int) -> Iterator[ShardPlan]:
     groups: list[list[PlannedTensor]] = [[]]
     room = max_shard_bytes
     for tensor in tensors:

@@ -1,9 +1,9 @@
-"""A folder in the making: nothing in it can be loaded before all of it is there.
+"""The hidden folder in which a destination is written, so that no half of it can be loaded.
 
 Files are written to a hidden folder inside the destination. Each finished shard has a record
 beside it, so a run that was cut off goes on from there. When all are complete they are moved to
 their places: the index, without which nothing loads, after all that it names, and the manifest
-last. A folder that is replaced loses its index first, and only then.
+last. A folder that is replaced loses its index before anything else.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from types import TracebackType
 
 import filelock
 
-from nxdi_expertscale.checkpoint.read.files import INDEX, read_json
+from nxdi_expertscale.checkpoint.json_files import read_json
+from nxdi_expertscale.checkpoint.read.files import INDEX
 from nxdi_expertscale.checkpoint.write.manifest import (
     MANIFEST,
     FileRecord,
     read_file_record,
     read_manifest,
 )
-from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
+from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError, one_line
+from nxdi_expertscale.sources.folder import open_folder
 
 WORK = ".nxdi-expertscale"
 _LOCK = "lock"
@@ -39,9 +41,10 @@ class ShardRecord:
     """A finished shard.
 
     Attributes:
-        fingerprint: Of all that its bytes follow from; see ``quantize.fingerprint``.
+        fingerprint: Digest of all that its bytes depend on: the source's files, the plan, and the
+            version of this package.
         file: Its file.
-        source_digests: Digest of each tensor of the source that went into it, hexadecimal.
+        source_digests: Digest of each tensor of the source that it was made from, hexadecimal.
     """
 
     fingerprint: str
@@ -60,9 +63,13 @@ def is_complete(destination: Path) -> bool:
 
 
 class Staging:
-    """The hidden folder of a destination, held by one run at a time.
+    """The hidden folder of a destination, locked by one run at a time.
 
-    A run that fails removes what the next one cannot use: all, if no shard was finished.
+    A run that fails removes what the next one cannot use: everything, if no shard was finished.
+
+    Raises:
+        CheckpointInUseError: Another run has it (on entering).
+        CheckpointError: Somebody else made it, or put links into it (on entering).
     """
 
     def __init__(self, destination: Path) -> None:
@@ -75,7 +82,7 @@ class Staging:
         candidates = (self._destination, *self._destination.parents)
         self._new_folders = [folder for folder in candidates if not folder.exists()]
         self._work.mkdir(parents=True, exist_ok=True)
-        self._expect_plain_files()
+        self._check_plain_files()
         try:
             self._lock.acquire()
         except filelock.Timeout:
@@ -98,7 +105,7 @@ class Staging:
             self._remove_new_folders()
         self._lock.release()
 
-    def _expect_plain_files(self) -> None:
+    def _check_plain_files(self) -> None:
         # Nothing is written or removed through a link, in a folder that may be anyone's.
         linked = self._work if self._work.is_symlink() else None
         for path in self._work.iterdir():
@@ -141,11 +148,11 @@ class Staging:
         self.write(record.file.name + _RECORD_SUFFIX, json.dumps(asdict(record)).encode())
 
     def forget(self, name: str) -> None:
-        """Drop the record of a shard that is to be written anew."""
+        """Remove the record of a shard that is to be written anew."""
         self._record(name).unlink(missing_ok=True)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file, whole or not at all."""
+        """Write a small file atomically."""
         path = self.path(name)
         partial = path.with_name(path.name + ".partial")
         with partial.open("wb") as file:
@@ -156,9 +163,15 @@ class Staging:
         sync_folder(self._work)
 
     def publish(self) -> bool:
-        """Move all files to their places, if all are written; whether they were.
+        """Move all files to their places, if all are written.
 
         It may be cut off anywhere and be called again.
+
+        Returns:
+            Whether all were written.
+
+        Raises:
+            CheckpointError: A folder lies where a file has to be.
         """
         if not is_complete(self._destination):
             return False
@@ -166,7 +179,7 @@ class Staging:
         names = [record.name for record in (*manifest.shards, *manifest.files)]
         old = read_manifest(self._destination) if (self._destination / MANIFEST).is_file() else None
         replaced = [record.name for record in (*old.shards, *old.files)] if old else []
-        self._expect_no_folder([*names, *replaced, INDEX, MANIFEST])
+        self._check_no_folder([*names, *replaced, INDEX, MANIFEST])
         if old is not None:
             self._remove_old(name for name in replaced if name not in names)
         for name in [*(name for name in names if name != INDEX), INDEX]:
@@ -180,7 +193,7 @@ class Staging:
                 path.unlink()
         return True
 
-    def _expect_no_folder(self, names: Iterable[str]) -> None:
+    def _check_no_folder(self, names: Iterable[str]) -> None:
         for path in (self._destination / name for name in names):
             if path.is_dir() and not path.is_symlink():
                 raise CheckpointError(
@@ -201,7 +214,7 @@ class Staging:
 
 
 def _parse_record(path: Path) -> ShardRecord:
-    value = read_json(path.parent, path.name)
+    value = read_json(open_folder(path.parent), path.name)
     try:
         digests = {
             name: bytes.fromhex(text).hex() for name, text in value["source_digests"].items()
@@ -209,13 +222,12 @@ def _parse_record(path: Path) -> ShardRecord:
         return ShardRecord(str(value["fingerprint"]), read_file_record(value["file"]), digests)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: is damaged ({type(error).__name__}: {error}); remove it and run quantize "
-            "again"
+            f"{path}: is damaged ({one_line(error)}); remove it and run quantize again"
         ) from None
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk."""
+    """Flush the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

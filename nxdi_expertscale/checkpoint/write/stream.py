@@ -1,7 +1,7 @@
-"""Write the shards of a plan: pieces are read, converted and written by several workers.
+"""Write the shards of a plan: chunks are read, converted and written by several workers.
 
-The bytes of each piece have their place in a shard before anything is read, so the result does
-not depend on who writes what when.
+Every byte has its place in a shard before anything is read, so the result does not depend on which
+worker writes what, and when.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 
 from nxdi_expertscale.checkpoint import digests
-from nxdi_expertscale.checkpoint.chunks import row_ranges
 from nxdi_expertscale.checkpoint.parallel import Meter, for_each
-from nxdi_expertscale.checkpoint.read.files import Checkpoint, TensorReader
+from nxdi_expertscale.checkpoint.read.chunks import Chunk, chunks_of, row_ranges
+from nxdi_expertscale.checkpoint.read.model import Model
+from nxdi_expertscale.checkpoint.read.tensor_reader import TensorReader
 from nxdi_expertscale.checkpoint.read.values import TORCH_DTYPES, ValueReader, as_bytes
 from nxdi_expertscale.checkpoint.write.manifest import SourceRecord, file_record
 from nxdi_expertscale.checkpoint.write.plan import PlannedTensor, ShardPlan, Treatment
@@ -30,8 +31,8 @@ from nxdi_expertscale.version import __version__
 
 
 def write_shards(
-    source: Checkpoint,
-    files: Mapping[str, SourceRecord],
+    source: Model,
+    state: Mapping[str, SourceRecord],
     shards: Iterable[ShardPlan],
     staging: Staging,
     *,
@@ -42,7 +43,7 @@ def write_shards(
 
     Args:
         source: What is read.
-        files: The state of each of its files, by name.
+        state: The state of each of its files, by name.
         shards: What is to be written.
         staging: Where.
         workers: Threads.
@@ -58,7 +59,7 @@ def write_shards(
     records: dict[str, ShardRecord] = {}
     todo: list[tuple[ShardPlan, str]] = []
     for shard in shards:
-        fingerprint = _fingerprint(shard, files)
+        fingerprint = _fingerprint(shard, state)
         record = staging.finished(shard.name, fingerprint)
         if record is None:
             todo.append((shard, fingerprint))
@@ -66,23 +67,24 @@ def write_shards(
             records[shard.name] = record
             meter.add(shard.source_bytes)
     resumed = len(records)
-    with TensorReader(source) as reader, ThreadPoolExecutor(1) as finisher:
-        values = ValueReader(source, reader)
+    with TensorReader(source.files) as reader, ThreadPoolExecutor(1) as finisher:
+        values = ValueReader(source.files, reader)
         finished: list[Future[ShardRecord]] = []
 
-        def work(piece: _Piece) -> None:
-            scale = piece.planned.weight.scale
-            if scale is not None and piece.number == 0:
+        def work(item: _WorkItem) -> None:
+            scale = item.planned.weight.scale
+            if scale is not None and item.chunk.number == 0:
                 digest = digest_tensor(reader, scale.tensor)
-                piece.shard.scale_digests[scale.tensor.name] = digest
-            meter.add(_write_piece(piece, values))
-            if piece.shard.piece_done():
+                item.shard.scale_digests[scale.tensor.name] = digest
+            _convert_chunk(item, values)
+            meter.add(item.chunk.nbytes)
+            if item.shard.count_down():
                 # Waiting for the disk is left to a thread that does nothing else.
-                finished.append(finisher.submit(piece.shard.finish))
+                finished.append(finisher.submit(item.shard.finish))
 
         opened: list[_OpenShard] = []
         try:
-            for_each(work, _pieces(todo, staging, opened), workers)
+            for_each(work, _work_items(todo, staging, opened), workers)
             for future in finished:
                 record = future.result()
                 records[record.file.name] = record
@@ -93,19 +95,19 @@ def write_shards(
     return records, resumed
 
 
-def _fingerprint(shard: ShardPlan, files: Mapping[str, SourceRecord]) -> str:
-    """Digest of all that the bytes of a shard follow from."""
+def _fingerprint(shard: ShardPlan, state: Mapping[str, SourceRecord]) -> str:
+    """Digest of all that the bytes of a shard depend on."""
     recipe: list[object] = [__version__, hashlib.sha256(shard.header).hexdigest()]
     used: set[str] = set()
     for planned in shard.tensors:
         tensor, scale = planned.weight.tensor, planned.weight.scale
-        recipe.append([tensor.name, tensor.file, tensor.offset, tensor.pitch, tensor.dtype])
+        recipe.append([tensor.name, tensor.file, tensor.offset, tensor.stride, tensor.dtype])
         used.add(tensor.file)
         if scale is not None:
             recipe.append([scale.tensor.file, scale.tensor.offset, scale.rows, scale.columns])
             used.add(scale.tensor.file)
     for name in sorted(used):
-        recipe.append([name, files[name].size, files[name].mtime_ns])
+        recipe.append([name, state[name].size, state[name].mtime_ns])
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
 
@@ -119,11 +121,11 @@ class _OpenShard:
         self._fingerprint = fingerprint
         self._staging = staging
         self._path = staging.path(plan.name)
-        self._pieces_left = 0
+        self._chunks_left = 0
         for planned in plan.tensors:
-            count = sum(1 for _ in row_ranges(planned.weight.tensor.shape))
+            count = sum(1 for _ in row_ranges(planned.weight.tensor))
             self.digests[planned.name] = [b""] * count
-            self._pieces_left += count
+            self._chunks_left += count
         self._lock = threading.Lock()
         staging.forget(plan.name)
         self._file = self._path.open("wb", buffering=0)
@@ -135,24 +137,28 @@ class _OpenShard:
             data = data[count:]
             offset += count
 
-    def piece_done(self) -> bool:
-        """Count a piece; whether it was the last."""
+    def count_down(self) -> bool:
+        """Count a chunk as written.
+
+        Returns:
+            Whether it was the last.
+        """
         with self._lock:
-            self._pieces_left -= 1
-            return self._pieces_left == 0
+            self._chunks_left -= 1
+            return self._chunks_left == 0
 
     def close(self) -> None:
         self._file.close()
 
     def finish(self) -> ShardRecord:
-        """Put the shard on the disk and record that it is complete."""
+        """Flush the shard to the disk and record that it is complete."""
         os.fsync(self._file.fileno())
         self.close()
         record = ShardRecord(
             fingerprint=self._fingerprint,
             file=file_record(self._path),
             source_digests={
-                name: digests.combine(pieces).hex() for name, pieces in self.digests.items()
+                name: digests.combine(chunks).hex() for name, chunks in self.digests.items()
             }
             | self.scale_digests,
         )
@@ -161,56 +167,53 @@ class _OpenShard:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """Rows of a tensor, and the shard that they go to."""
+class _WorkItem:
+    """A chunk of a tensor of the source, what is done with it, and the shard that it goes to."""
 
     shard: _OpenShard
     planned: PlannedTensor
-    number: int
-    rows: range
+    chunk: Chunk
+
+    def write(self, name: str, rows: torch.Tensor) -> None:
+        """Write the rows of the chunk to their place in a tensor of the shard."""
+        data = as_bytes(rows)
+        start = self.chunk.rows.start * (len(data) // len(self.chunk.rows))
+        self.shard.write(data, self.shard.plan.offsets[name] + start)
 
 
-def _pieces(
+def _work_items(
     todo: Iterable[tuple[ShardPlan, str]], staging: Staging, opened: list[_OpenShard]
-) -> Iterator[_Piece]:
-    """The pieces of all shards; each shard is opened, and noted, when its first piece is due."""
+) -> Iterator[_WorkItem]:
+    """The chunks of all shards; a shard is opened, and noted, when its first chunk is due."""
     for plan, fingerprint in todo:
         shard = _OpenShard(plan, fingerprint, staging)
         opened.append(shard)
         for planned in plan.tensors:
-            for number, rows in enumerate(row_ranges(planned.weight.tensor.shape)):
-                yield _Piece(shard, planned, number, rows)
+            for chunk in chunks_of([planned.weight]):
+                yield _WorkItem(shard, planned, chunk)
 
 
-def _write_piece(piece: _Piece, reader: ValueReader) -> int:
-    """Convert a piece and write it; the bytes that were read."""
-    planned, weight, rows = piece.planned, piece.planned.weight, piece.rows
+def _convert_chunk(item: _WorkItem, reader: ValueReader) -> None:
+    """Read a chunk, convert it as planned, and write it."""
+    planned, weight, rows = item.planned, item.chunk.weight, item.chunk.rows
     stored = reader.stored(weight, rows)
-    data = as_bytes(stored)
-    piece.shard.digests[planned.name][piece.number] = digests.digest(data)
+    item.shard.digests[planned.name][item.chunk.number] = digests.digest(as_bytes(stored))
     if planned.treatment is Treatment.KEEP:
         if weight.tensor.dtype in TORCH_DTYPES:
-            reader.expect_finite(weight.tensor, stored)
-        _write(piece, planned.name, stored)
-        return len(data)
+            reader.check_finite(weight.tensor, stored)
+        item.write(planned.name, stored)
+        return
     values = stored if weight.scale is None else reader.dequantized(stored, weight.scale, rows)
     if planned.treatment is Treatment.DEQUANTIZE:
-        reader.expect_finite(weight.tensor, values)
-        _write(piece, planned.name, values.to(TORCH_DTYPES[planned.dtype]))
-        return len(data)
+        reader.check_finite(weight.tensor, values)
+        item.write(planned.name, values.to(TORCH_DTYPES[planned.dtype]))
+        return
     shape = tuple(stored.shape)
     quantized, scale = fp8.quantize_per_channel(
         values,
         scratch=reader.buffers.take("values", shape),
         out=reader.buffers.take("quantized", shape),
     )
-    reader.expect_finite(weight.tensor, scale)
-    _write(piece, planned.name, quantized)
-    _write(piece, planned.scale_name, scale)
-    return len(data)
-
-
-def _write(piece: _Piece, name: str, rows: torch.Tensor) -> None:
-    data = as_bytes(rows)
-    row_bytes = len(data) // len(piece.rows)
-    piece.shard.write(data, piece.shard.plan.offsets[name] + piece.rows.start * row_bytes)
+    reader.check_finite(weight.tensor, scale)
+    item.write(planned.name, quantized)
+    item.write(planned.scale_name, scale)

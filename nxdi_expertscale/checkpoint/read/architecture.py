@@ -1,0 +1,95 @@
+"""Check that the tensors of a checkpoint are those of the model that its config describes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from nxdi_expertscale.checkpoint.read.config import ModelConfig
+from nxdi_expertscale.checkpoint.read.files import CONFIG, WeightFiles
+from nxdi_expertscale.checkpoint.read.tensors import module_of
+from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor
+from nxdi_expertscale.errors import CheckpointError, incomplete
+from nxdi_expertscale.families.declaration import MoEFamily
+
+
+def check_architecture(files: WeightFiles, config: ModelConfig, family: MoEFamily) -> None:
+    """Check that all experts are there and that shapes are those that the config says.
+
+    Raises:
+        CheckpointError: They are not; the message names the first tensor.
+    """
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    found: dict[int, set[tuple[int, str]]] = defaultdict(set)
+    for name, tensor in files.tensors.items():
+        place = family.names.parse_expert_key(name)
+        if place is not None and place.suffix == "weight":
+            found[place.layer].add((place.expert, place.projection))
+            shape = (hidden, inner) if place.projection == family.down else (inner, hidden)
+            _check_shape(files, tensor, shape)
+    vocabulary = (config.vocab_size, hidden)
+    _check_tensor(files, family, f"{family.embeddings}.weight", vocabulary)
+    if not config.tie_word_embeddings:
+        _check_tensor(files, family, f"{family.head}.weight", vocabulary)
+    for layer in range(config.num_hidden_layers):
+        if found[layer] or not _has_dense_mlp(files, family, layer):
+            _check_experts(files, config, family, layer, found[layer])
+            _check_tensor(files, family, family.router_key(layer), (config.num_experts, hidden))
+    beyond = [layer for layer in found if layer >= config.num_hidden_layers]
+    if beyond:
+        raise CheckpointError(
+            f"{files.folder.path}: has experts of layer {min(beyond)}, and {CONFIG} says "
+            f"{config.num_hidden_layers} layers; one of them is another model's"
+        )
+
+
+def _check_experts(
+    files: WeightFiles,
+    config: ModelConfig,
+    family: MoEFamily,
+    layer: int,
+    found: set[tuple[int, str]],
+) -> None:
+    extra = [place for place in found if place[0] >= config.num_experts]
+    if extra:
+        raise CheckpointError(
+            f"{files.folder.path}: {family.expert_key(layer, *min(extra))}: is there, and "
+            f"{CONFIG} says {config.num_experts} experts; one of them is another model's"
+        )
+    count = config.num_experts * len(family.projections)
+    if len(found) < count:
+        missing = next(
+            (expert, projection)
+            for expert in range(config.num_experts)
+            for projection in family.projections
+            if (expert, projection) not in found
+        )
+        raise incomplete(
+            f"{files.folder.path}: {family.expert_key(layer, *missing)}",
+            f"is missing, one of {count - len(found)} of {count} in layer {layer}",
+        )
+
+
+def _has_dense_mlp(files: WeightFiles, family: MoEFamily, layer: int) -> bool:
+    """Whether a layer has a dense MLP where others have experts."""
+    block = module_of(module_of(family.router_key(layer)))
+    return any(
+        path in files.tensors
+        for projection in family.projections
+        for path in family.paths(f"{block}.{projection}.weight")
+    )
+
+
+def _check_tensor(files: WeightFiles, family: MoEFamily, name: str, shape: tuple[int, int]) -> None:
+    found = (files.tensors.get(path) for path in family.paths(name))
+    tensor = next((tensor for tensor in found if tensor is not None), None)
+    if tensor is None:
+        raise incomplete(f"{files.folder.path}: {name}", "is missing")
+    _check_shape(files, tensor, shape)
+
+
+def _check_shape(files: WeightFiles, tensor: StoredTensor, shape: tuple[int, int]) -> None:
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{files.location(tensor)}: has shape {list(tensor.shape)}, and {CONFIG} says "
+            f"{list(shape)}; one of them is another model's"
+        )

@@ -1,0 +1,90 @@
+"""The folder that a run writes to: whether it may, whether it fits, and what its disk says."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nxdi_expertscale.checkpoint.read.model import Model
+from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
+from nxdi_expertscale.checkpoint.write.staging import WORK, is_complete
+from nxdi_expertscale.errors import CheckpointError
+
+
+def check_destination(source: Model, destination: Path, *, overwrite: bool) -> None:
+    """Check that a folder may be written to.
+
+    Args:
+        source: What is read.
+        destination: The folder.
+        overwrite: Whether a finished checkpoint of ours may be replaced.
+
+    Raises:
+        CheckpointError: It is the source, or has something in it that may not be replaced.
+    """
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise CheckpointError(f"{destination}: is a file; name a folder")
+    if destination.resolve() == source.folder.path:
+        raise CheckpointError(f"{destination}: is the source itself; name another folder")
+    if is_complete(destination):
+        return
+    if (destination / MANIFEST).is_file():
+        if not overwrite:
+            raise CheckpointError(
+                f"{destination}: is a finished checkpoint; name another folder, or overwrite it "
+                "with --overwrite"
+            )
+    elif any(path.name != WORK for path in destination.iterdir()):
+        raise CheckpointError(
+            f"{destination}: is not empty and was not made by nxdi-expertscale; name another "
+            "folder, or remove what is in it"
+        )
+
+
+def check_space(nbytes: int, destination: Path) -> None:
+    """Check that the disk of a destination has room for some bytes of weights.
+
+    Raises:
+        CheckpointError: It has not.
+    """
+    folder = destination
+    while not folder.exists():
+        folder = folder.parent
+    # What an interrupted run has written already is used again.
+    written = sum(
+        path.lstat().st_blocks * 512 for path in (destination / WORK).glob("*.safetensors")
+    )
+    free = shutil.disk_usage(folder).free
+    if nbytes - written > free:
+        raise CheckpointError(
+            f"{destination}: needs {(nbytes - written) / 1e9:.2f} GB and {free / 1e9:.2f} GB "
+            "are free; free some space or name a folder on another disk"
+        )
+
+
+@contextmanager
+def translate_disk_errors(destination: Path) -> Iterator[None]:
+    """Translate the errors of a full or failing disk into CheckpointError.
+
+    Raises:
+        CheckpointError: The disk of the destination is full, or fails.
+        OSError: Any other error of the system, which names its file itself.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            what, remedy = "the disk is full", "free some space"
+        elif error.filename is None:
+            what, remedy = f"cannot be written ({error.strerror})", "check the disk"
+        else:
+            raise
+        raise CheckpointError(
+            f"{destination}: {what}; {remedy} and run the same again, it goes on from the files "
+            "that are finished"
+        ) from error

@@ -1,0 +1,200 @@
+"""The files of a checkpoint in a local folder: names, sizes, ranges of bytes.
+
+What reads a checkpoint needs no more than this of the place where it lies.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from nxdi_expertscale.errors import CheckpointError, damaged, incomplete
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A local folder, whose files are read by their names and never through a link out of it.
+
+    A file may be a symbolic link if it leads to another file of the folder, or, in the cache of
+    the Hugging Face hub (``…/snapshots/REVISION``), to its ``blobs``.
+
+    Attributes:
+        path: The folder, absolute and without symbolic links; see :func:`open_folder`.
+    """
+
+    path: Path
+
+    def location(self, name: str) -> str:
+        """What messages call a file of this folder."""
+        return str(self.path / name)
+
+    def names(self) -> list[str]:
+        """The names of everything in the folder, sorted."""
+        return sorted(path.name for path in self.path.iterdir())
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return (self.path / name).exists()
+
+    def checked_path(self, name: str) -> Path:
+        """The path of a file that belongs to the folder.
+
+        Raises:
+            CheckpointError: It is missing, not a regular file, or leads out of the folder.
+        """
+        path = self.path / name
+        if not is_file_name(name):
+            raise CheckpointError(
+                f"{self.path}: the index names {name!r}, which is not a file of the folder"
+            )
+        try:
+            target = path.resolve(strict=True)
+        except PermissionError:
+            raise
+        except (OSError, RuntimeError):
+            raise incomplete(path, "is missing") from None
+        if target.parent not in self._own_folders():
+            raise CheckpointError(
+                f"{path}: is a symbolic link out of the checkpoint's folder; put the file itself "
+                "there"
+            )
+        if not stat.S_ISREG(target.stat().st_mode):
+            raise CheckpointError(f"{path}: is not a regular file; put the file itself there")
+        return path
+
+    def _own_folders(self) -> Iterator[Path]:
+        yield self.path
+        # The hub's cache: models--ORG--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH
+        if self.path.parent.name == "snapshots":
+            yield self.path.parent.parent / "blobs"
+
+    def size(self, name: str) -> int:
+        """Bytes of a file.
+
+        Raises:
+            CheckpointError: It is missing, or does not belong to the folder.
+        """
+        return self.checked_path(name).stat().st_size
+
+    def mtime_ns(self, name: str) -> int:
+        """When a file was last changed, in nanoseconds since the epoch.
+
+        Raises:
+            CheckpointError: It is missing, or does not belong to the folder.
+        """
+        return self.checked_path(name).stat().st_mtime_ns
+
+    def read(self, name: str, *, limit: int) -> bytes:
+        """Read a small file whole.
+
+        Args:
+            name: The file's name.
+            limit: The most bytes that a real file of this kind has.
+
+        Raises:
+            CheckpointError: It is missing, longer than the limit, or does not belong to the folder.
+        """
+        content = self.read_range(name, 0, limit + 1)
+        if len(content) > limit:
+            raise damaged(self.location(name), "is too long to be a real one")
+        return content
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """Read some bytes of a file, fewer where the file ends before.
+
+        Raises:
+            CheckpointError: It is missing, or does not belong to the folder.
+        """
+        with self.checked_path(name).open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+    def open(self, names: Iterable[str]) -> OpenFiles:
+        """Open files to read from them many times, in several threads.
+
+        Raises:
+            CheckpointError: One is missing, or does not belong to the folder.
+        """
+        return OpenFiles(self, names)
+
+
+class OpenFiles:
+    """Files of a folder that stay open until they are closed. Safe to use from several threads."""
+
+    def __init__(self, folder: Folder, names: Iterable[str]) -> None:
+        self._folder = folder
+        self._descriptors: dict[str, int] = {}
+        with ExitStack() as opened:
+            for name in names:
+                descriptor = os.open(folder.checked_path(name), os.O_RDONLY)
+                opened.callback(os.close, descriptor)
+                self._descriptors[name] = descriptor
+            self._opened = opened.pop_all()
+
+    def read_into(self, buffer: memoryview, name: str, offset: int) -> None:
+        """Fill a buffer with the bytes of a file.
+
+        Args:
+            buffer: Writable memory, of bytes.
+            name: The file's name.
+            offset: Where to start, in bytes from the start of the file.
+
+        Raises:
+            CheckpointError: The disk fails, or the file ends before the buffer is full.
+        """
+        while buffer:
+            try:
+                count = os.preadv(self._descriptors[name], [buffer], offset)
+            except OSError as error:
+                # The system does not name the file.
+                raise CheckpointError(
+                    f"{self._folder.location(name)}: cannot be read at byte {offset} "
+                    f"({error.strerror}); check the disk"
+                ) from error
+            if count == 0:
+                raise CheckpointError(
+                    f"{self._folder.location(name)}: was truncated while it was read"
+                )
+            buffer = buffer[count:]
+            offset += count
+
+    def close(self) -> None:
+        """Close the files."""
+        self._opened.close()
+        self._descriptors.clear()
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_folder(path: str | os.PathLike[str]) -> Folder:
+    """The folder at a path.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: is not a folder; name a local folder with config.json and safetensors "
+            "files (a model of the Hugging Face hub has to be downloaded first)"
+        )
+    return Folder(folder.resolve())
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name is that of a file in a folder, and leads nowhere else."""
+    return name not in ("", ".", "..") and name == Path(name).name and "\0" not in name
