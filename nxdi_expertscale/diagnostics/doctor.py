@@ -15,12 +15,8 @@ from nxdi_expertscale.diagnostics import probe
 from nxdi_expertscale.diagnostics.probe import Probe
 from nxdi_expertscale.hooking.patch import SeamStatus, State
 from nxdi_expertscale.patches import seams
-from nxdi_expertscale.plugins.manager import (
-    ALLOW_LIST_VARIABLE,
-    OWN_PLUGIN,
-    allowed_names,
-    known_families,
-)
+from nxdi_expertscale.plugins.manager import ALLOW_LIST_VARIABLE, OWN_PLUGIN, allowed_names
+from nxdi_expertscale.plugins.registry import families_in_force
 from nxdi_expertscale.settings import device_variables
 from nxdi_expertscale.version import __version__
 
@@ -224,7 +220,7 @@ def _check_import(found: Probe, findings: _Findings) -> None:
 def _check_seams(found: Probe, findings: _Findings) -> None:
     needed = set(seams.needed_by_config())
     states = {seam.seam: seam.state for seam in found.seams}
-    of_families = {seams.state_dict(family) for family in known_families()}
+    of_families = {seams.state_dict(family) for family in families_in_force()}
     if not any(states.get(name) in (State.APPLIED, State.NATIVE) for name in of_families):
         needed |= of_families
     for seam in found.seams:

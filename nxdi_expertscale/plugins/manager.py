@@ -1,24 +1,25 @@
-"""The plugins that are in force: those installed, narrowed by ``NXDI_PLUGINS``."""
+"""Loads the plugins that are installed, narrowed by ``NXDI_PLUGINS``."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
-import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import pluggy
 
 from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.plugins import hookspecs
-
-if TYPE_CHECKING:
-    from nxdi_expertscale.hooking.patch import Patch
 
 ENTRY_POINT_GROUP = "nxdi.plugins"
 OWN_PLUGIN = "expertscale"
 ALLOW_LIST_VARIABLE = "NXDI_PLUGINS"
+
+_OWN_PLUGIN_MODULE = "nxdi_expertscale.patches"
+"""Named by a string: the patches stand on the plugins, and not the other way about."""
 
 _Contribution = TypeVar("_Contribution")
 
@@ -34,41 +35,69 @@ def allowed_names() -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
 
 
-class PluginManager:
-    """The plugins of the group ``nxdi.plugins`` that are allowed, each loaded once.
+@dataclass(frozen=True)
+class Plugins:
+    """Plugins that were loaded, and what they contribute.
 
     Attributes:
-        problems: One line for each plugin that is named and not installed, or that failed to
-            load. A broken plugin never stops the others.
+        allowed: The names that were allowed, or None where every installed plugin was.
+        names: Names of the plugins that are loaded.
+        families: Their families; a model type is claimed by one only.
+        patches: Their patches; a seam has one only.
+        problems: One line for each plugin that is named and not installed, or that failed, and
+            for each contribution that is left out. A broken plugin never stops the others.
     """
 
-    def __init__(self, allowed: Iterable[str] | None) -> None:
-        """Load the plugins.
+    allowed: tuple[str, ...] | None
+    names: tuple[str, ...]
+    families: tuple[MoEFamily, ...]
+    patches: tuple[Patch, ...]
+    problems: tuple[str, ...]
 
-        Args:
-            allowed: Names to load and no others, or None for every installed one.
-        """
+
+def load_plugins(allowed: tuple[str, ...] | None) -> Plugins:
+    """Load plugins of the entry point group ``nxdi.plugins``, and ask them what they contribute.
+
+    Args:
+        allowed: Names to load and no others, or None for every installed one.
+    """
+    loader = _Loader()
+    loader.load(allowed)
+    families = loader.families()
+    patches = loader.patches(families)
+    return Plugins(allowed, loader.names, families, patches, tuple(loader.problems))
+
+
+class _Loader:
+    """A pluggy manager that reports what is wrong with a plugin, and goes on with the others."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
         self._pluggy = pluggy.PluginManager(hookspecs.PROJECT)
         self._pluggy.add_hookspecs(hookspecs)
-        self.problems: list[str] = []
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self._pluggy.list_name_plugin())
+
+    def load(self, allowed: tuple[str, ...] | None) -> None:
         available = _installed()
-        names = sorted({*available, OWN_PLUGIN}) if allowed is None else list(allowed)
+        names = sorted({*available, OWN_PLUGIN}) if allowed is None else allowed
         for name in names:
-            self._load(name, available)
-
-    def _load(self, name: str, available: dict[str, importlib.metadata.EntryPoint]) -> None:
-        try:
-            if name == OWN_PLUGIN:
-                # Ours is always there, also from a source tree without installed metadata.
-                from nxdi_expertscale import patches
-
-                plugin: object = patches
-            elif name in available:
-                plugin = available[name].load()
+            if name == OWN_PLUGIN or name in available:
+                self._load(name, available)
             else:
                 known = ", ".join(sorted({*available, OWN_PLUGIN}))
                 self._report(f"no plugin is named {name!r} (installed: {known})")
-                return
+
+    def _load(self, name: str, available: dict[str, importlib.metadata.EntryPoint]) -> None:
+        try:
+            # Ours is always there, also from a source tree without installed metadata.
+            plugin: object = (
+                importlib.import_module(_OWN_PLUGIN_MODULE)
+                if name == OWN_PLUGIN
+                else available[name].load()
+            )
             self._pluggy.register(plugin, name=name)
             self._pluggy.check_pending()
         except (Exception, SystemExit) as error:
@@ -76,32 +105,23 @@ class PluginManager:
             if self._pluggy.has_plugin(name):
                 self._pluggy.unregister(name=name)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the plugins that are loaded."""
-        return tuple(name for name, _ in self._pluggy.list_name_plugin())
-
     def families(self) -> tuple[MoEFamily, ...]:
-        """Every family that the plugins contribute; a model type is claimed by one only."""
         found: dict[str, MoEFamily] = {}
         for plugin, family in self._contributions("nxdi_moe_families", MoEFamily):
-            taken = {kind for other in found.values() for kind in other.model_types}
-            doubles = sorted(taken.intersection(family.model_types))
-            if family.name in found or doubles:
+            taken = {model_type for other in found.values() for model_type in other.model_types}
+            clashes = sorted(taken.intersection(family.model_types))
+            if family.name in found or clashes:
                 self._report(
                     f"plugin {plugin!r}: its family {family.name!r} is left out, another one has "
-                    f"its name or claims {', '.join(doubles) or 'it'}"
+                    f"its name or claims {', '.join(clashes) or 'it'}"
                 )
                 continue
             found[family.name] = family
         return tuple(found.values())
 
-    def patches(self) -> tuple[Patch, ...]:
-        """Every patch that the plugins contribute; a seam is patched by one only."""
-        from nxdi_expertscale.hooking.patch import Patch
-
+    def patches(self, families: tuple[MoEFamily, ...]) -> tuple[Patch, ...]:
         found: dict[str, Patch] = {}
-        for plugin, patch in self._contributions("nxdi_patches", Patch, families=self.families()):
+        for plugin, patch in self._contributions("nxdi_patches", Patch, families=families):
             if patch.seam in found:
                 self._report(
                     f"plugin {plugin!r}: its patch {patch.seam!r} is left out, another one has "
@@ -141,24 +161,6 @@ class PluginManager:
     def _report(self, problem: str) -> None:
         if problem not in self.problems:
             self.problems.append(problem)
-
-
-def load_plugins() -> PluginManager:
-    """Load the plugins that ``NXDI_PLUGINS`` allows."""
-    return PluginManager(allowed_names())
-
-
-def print_problems(problems: Iterable[str]) -> None:
-    """Say what is wrong with the plugins, one line on stderr each: the program goes on."""
-    # There is no stderr in a process that was started with it closed.
-    if sys.stderr is not None:
-        for problem in problems:
-            print(f"nxdi-expertscale: {problem}", file=sys.stderr)  # noqa: T201
-
-
-def known_families() -> Sequence[MoEFamily]:
-    """The families of the plugins that ``NXDI_PLUGINS`` allows, for reading checkpoints."""
-    return load_plugins().families()
 
 
 def _installed() -> dict[str, importlib.metadata.EntryPoint]:

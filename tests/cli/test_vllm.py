@@ -65,7 +65,7 @@ import nxdi_expertscale.activation as activation
 def fail():
     raise RuntimeError("broken installation")
 activation.deactivate()
-activation.load_plugins = fail
+activation.registry.reload = fail
 """
     # The entry point itself is found and called.
     plugins, log = loaded(installed, break_it + LOAD)

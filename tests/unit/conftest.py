@@ -10,6 +10,7 @@ import pytest
 
 import nxdi_expertscale
 
+Install = Callable[..., None]
 Write = Callable[..., None]
 
 
@@ -42,3 +43,21 @@ def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wr
             sys.modules[name].__file__
         ):
             del sys.modules[name]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Install plugins: a module, and a distribution that has an entry point for it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("NXDI_PLUGINS", raising=False)
+
+    def install(**sources: str) -> None:
+        for name, source in sources.items():
+            monkeypatch.delitem(sys.modules, f"{name}_plugin", raising=False)
+            (tmp_path / f"{name}_plugin.py").write_text(source, encoding="utf-8")
+            info = tmp_path / f"{name}-1.0.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+            (info / "entry_points.txt").write_text(f"[nxdi.plugins]\n{name} = {name}_plugin\n")
+
+    return install

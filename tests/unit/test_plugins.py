@@ -6,13 +6,12 @@ import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 
 import nxdi_expertscale
 from nxdi_expertscale.families import built_in, declaration
-from nxdi_expertscale.plugins import manager
+from nxdi_expertscale.plugins.manager import load_plugins
 
 Install = Callable[..., None]
 
@@ -28,24 +27,6 @@ def nxdi_patches(families):
     seam = "good:" + ",".join(family.name for family in families)
     return [Patch(seam=seam, module="good_models", attribute="convert", wrapper=print)]
 """
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Install plugins: a module, and a distribution that has an entry point for it."""
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delenv("NXDI_PLUGINS", raising=False)
-
-    def install(**sources: str) -> None:
-        for name, source in sources.items():
-            monkeypatch.delitem(sys.modules, f"{name}_plugin", raising=False)
-            (tmp_path / f"{name}_plugin.py").write_text(source, encoding="utf-8")
-            info = tmp_path / f"{name}-1.0.dist-info"
-            info.mkdir()
-            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-            (info / "entry_points.txt").write_text(f"[nxdi.plugins]\n{name} = {name}_plugin\n")
-
-    return install
 
 
 def names(found: Sequence[declaration.MoEFamily]) -> list[str]:
@@ -82,24 +63,21 @@ def test_variable_allows_plugins(
     )
 
 
-def test_plugin_that_is_not_allowed_is_not_even_imported(
-    install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plugin_that_is_not_allowed_is_not_even_imported(install: Install) -> None:
     install(bad="raise SystemError('imported')")
-    monkeypatch.setenv("NXDI_PLUGINS", "expertscale")
 
-    assert manager.load_plugins().problems == []
+    assert load_plugins(("expertscale",)).problems == ()
     assert "bad_plugin" not in sys.modules
 
 
 def test_families_and_patches_of_a_plugin_are_added_to_ours(install: Install) -> None:
     install(good=GOOD)
 
-    plugins = manager.load_plugins()
+    plugins = load_plugins(None)
 
-    assert plugins.problems == []
-    assert names(plugins.families()) == [*BUILT_IN, "good"]
-    seams = {patch.seam for patch in plugins.patches()}
+    assert plugins.problems == ()
+    assert names(plugins.families) == [*BUILT_IN, "good"]
+    seams = {patch.seam for patch in plugins.patches}
     assert {"config", "state_dict:qwen3_moe", "state_dict:good"} < seams
     assert f"good:{','.join([*BUILT_IN, 'good'])}" in seams
 
@@ -186,9 +164,9 @@ def test_family_that_is_taken_is_left_out_whoever_is_first_in_the_alphabet(
 ) -> None:
     install(a_clash=FAMILY.format(name=name, types=types))
 
-    plugins = manager.load_plugins()
+    plugins = load_plugins(None)
 
-    assert names(plugins.families()) == BUILT_IN
+    assert names(plugins.families) == BUILT_IN
     (problem,) = plugins.problems
     assert problem.startswith(f"plugin 'a_clash': its family {name!r} is left out")
     assert says in problem
@@ -205,13 +183,13 @@ def nxdi_patches():
 """
     )
 
-    plugins = manager.load_plugins()
+    plugins = load_plugins(None)
 
-    config = [patch for patch in plugins.patches() if patch.seam == "config"]
+    config = [patch for patch in plugins.patches if patch.seam == "config"]
     assert [patch.module for patch in config] == ["neuronx_distributed_inference.models.config"]
-    assert plugins.problems == [
-        "plugin 'a_clash': its patch 'config' is left out, another one has its name"
-    ]
+    assert plugins.problems == (
+        "plugin 'a_clash': its patch 'config' is left out, another one has its name",
+    )
 
 
 def test_own_entry_point_names_the_package_of_patches() -> None:

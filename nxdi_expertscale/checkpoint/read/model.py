@@ -14,7 +14,7 @@ from nxdi_expertscale.checkpoint.read.stacked import unstack_experts
 from nxdi_expertscale.checkpoint.read.tensors import Weight, read_weights
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.lookup import require_family
-from nxdi_expertscale.plugins.manager import known_families
+from nxdi_expertscale.plugins.registry import families_in_force
 from nxdi_expertscale.sources.folder import Folder, open_folder
 
 
@@ -57,7 +57,7 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     folder = open_folder(path)
     where = folder.location(CONFIG)
     raw = read_json(folder, CONFIG)
-    family = require_family(raw.get("model_type"), known_families(), where)
+    family = require_family(raw.get("model_type"), families_in_force(), where)
     config = read_config(raw, family, where)
     scheme = read_scheme(config)
     files = unstack_experts(read_weight_files(folder), config, family)
