@@ -84,6 +84,28 @@ def decode(weight: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def halve(
+    weight: torch.Tensor, *, scratch: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Bring E4M3 in the range of GPUs (±448) into Neuron's: half of each value.
+
+    With a scale that is doubled the weight means what it meant. That is exact but for values below
+    2^-5: half of an odd multiple of 2^-9 is not in E4M3, and is rounded to even.
+
+    Args:
+        weight: ``torch.float8_e4m3fn``, of any shape.
+        scratch: ``torch.float32`` of the same shape, overwritten.
+        out: ``torch.float8_e4m3fn`` of the same shape for the result.
+
+    Returns:
+        ``torch.float8_e4m3fn`` of the same shape, within ±224; NaN stays NaN.
+    """
+    values = torch.empty_like(weight, dtype=torch.float32) if scratch is None else scratch
+    decode(weight, out=values).mul_(0.5)
+    halved = torch.empty_like(weight) if out is None else out
+    return halved.copy_(values)
+
+
 def scale_blocks_(values: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
     """Multiply rows in place by scales of which each holds for a block of columns.
 

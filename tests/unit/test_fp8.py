@@ -132,3 +132,16 @@ def test_range_of_one_value_and_of_none() -> None:
     assert fp8.exceeds_range(byte(0x7E)[1:])
     assert not fp8.exceeds_range(byte(0x77)[1:])
     assert not fp8.exceeds_range(torch.empty(0, dtype=torch.float8_e4m3fn))
+
+
+def test_halving_loses_nothing_but_the_last_bit_of_the_smallest() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    values, halved = every.float(), fp8.halve(every).float()
+
+    known = ~values.isnan()
+    exact = known & (values.abs() >= 2**-5)
+    assert torch.equal(halved[exact] * 2, values[exact])
+    assert torch.equal(halved.isnan(), ~known)
+    assert float((halved[known] * 2 - values[known]).abs().max()) == 2**-9
+    assert not fp8.exceeds_range(fp8.halve(every[known]))
+    assert torch.equal(fp8.halve(every)[known].float(), (values[known] / 2).to(every.dtype).float())
