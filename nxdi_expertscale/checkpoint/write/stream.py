@@ -21,12 +21,12 @@ from nxdi_expertscale.checkpoint.parallel import Meter, for_each
 from nxdi_expertscale.checkpoint.read.chunks import Chunk, chunks_of, row_ranges
 from nxdi_expertscale.checkpoint.read.model import Model
 from nxdi_expertscale.checkpoint.read.tensor_reader import TensorReader
-from nxdi_expertscale.checkpoint.read.values import TORCH_DTYPES, ValueReader, as_bytes
+from nxdi_expertscale.checkpoint.read.values import ValueReader, as_bytes
+from nxdi_expertscale.checkpoint.write.convert import RowConverter
 from nxdi_expertscale.checkpoint.write.manifest import SourceRecord, file_record
-from nxdi_expertscale.checkpoint.write.plan import PlannedTensor, ShardPlan, Treatment
+from nxdi_expertscale.checkpoint.write.plan import PlannedTensor, ShardPlan
 from nxdi_expertscale.checkpoint.write.provenance import digest_tensor
 from nxdi_expertscale.checkpoint.write.staging import ShardRecord, Staging
-from nxdi_expertscale.numerics import fp8
 from nxdi_expertscale.version import __version__
 
 
@@ -68,7 +68,7 @@ def write_shards(
             meter.add(shard.source_bytes)
     resumed = len(records)
     with TensorReader(source.files) as reader, ThreadPoolExecutor(1) as finisher:
-        values = ValueReader(source.files, reader)
+        converter = RowConverter(ValueReader(source.files, reader))
         finished: list[Future[ShardRecord]] = []
 
         def work(item: _WorkItem) -> None:
@@ -76,7 +76,7 @@ def write_shards(
             if scale is not None and item.chunk.number == 0:
                 digest = digest_tensor(reader, scale.tensor)
                 item.shard.scale_digests[scale.tensor.name] = digest
-            _convert_chunk(item, values)
+            _convert_chunk(item, converter)
             meter.add(item.chunk.nbytes)
             if item.shard.count_down():
                 # Waiting for the disk is left to a thread that does nothing else.
@@ -193,27 +193,10 @@ def _work_items(
                 yield _WorkItem(shard, planned, chunk)
 
 
-def _convert_chunk(item: _WorkItem, reader: ValueReader) -> None:
+def _convert_chunk(item: _WorkItem, converter: RowConverter) -> None:
     """Read a chunk, convert it as planned, and write it."""
-    planned, weight, rows = item.planned, item.chunk.weight, item.chunk.rows
-    stored = reader.stored(weight, rows)
-    item.shard.digests[planned.name][item.chunk.number] = digests.digest(as_bytes(stored))
-    if planned.treatment is Treatment.KEEP:
-        if weight.tensor.dtype in TORCH_DTYPES:
-            reader.check_finite(weight.tensor, stored)
-        item.write(planned.name, stored)
-        return
-    values = stored if weight.scale is None else reader.dequantized(stored, weight.scale, rows)
-    if planned.treatment is Treatment.DEQUANTIZE:
-        reader.check_finite(weight.tensor, values)
-        item.write(planned.name, values.to(TORCH_DTYPES[planned.dtype]))
-        return
-    shape = tuple(stored.shape)
-    quantized, scale = fp8.quantize_per_channel(
-        values,
-        scratch=reader.buffers.take("values", shape),
-        out=reader.buffers.take("quantized", shape),
-    )
-    reader.check_finite(weight.tensor, scale)
-    item.write(planned.name, quantized)
-    item.write(planned.scale_name, scale)
+    converted = converter.convert(item.planned, item.chunk.rows)
+    digest = digests.digest(as_bytes(converted.stored))
+    item.shard.digests[item.planned.name][item.chunk.number] = digest
+    for name, rows in converted.outputs.items():
+        item.write(name, rows)

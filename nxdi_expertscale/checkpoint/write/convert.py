@@ -1,0 +1,135 @@
+"""Converts rows of a source's weights into what is written for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from nxdi_expertscale.checkpoint.read.chunks import row_ranges
+from nxdi_expertscale.checkpoint.read.tensors import Weight
+from nxdi_expertscale.checkpoint.read.values import TORCH_DTYPES, ValueReader
+from nxdi_expertscale.checkpoint.write.plan import PlannedTensor, Treatment
+from nxdi_expertscale.numerics import fp8
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedRows:
+    """Rows of a weight, before and after.
+
+    Attributes:
+        stored: As they are stored in the source, ``[rows, columns]``, or bytes of a dtype whose
+            values are not read.
+        outputs: What is written for them, by the name of the tensor: ``[rows, columns]``, and the
+            scales ``[rows, 1]``, ``torch.float32``, of a weight that is quantized.
+    """
+
+    stored: torch.Tensor
+    outputs: Mapping[str, torch.Tensor]
+
+
+class RowConverter:
+    """Converts rows of a source's weights, from several threads at once."""
+
+    def __init__(self, reader: ValueReader) -> None:
+        self._reader = reader
+        self._exceeding: dict[str, bool] = {}
+        self._lock = threading.Lock()
+
+    def convert(self, planned: PlannedTensor, rows: range) -> ConvertedRows:
+        """Read rows of a weight and convert them as planned.
+
+        A weight in FP8 with one scale for each channel keeps its values where they are in Neuron's
+        range (±240). Otherwise they are halved and the scale is doubled: nothing is rounded twice.
+
+        Args:
+            planned: The weight, and what is done with it.
+            rows: Which of its rows.
+
+        Returns:
+            The rows, in the thread's buffers until it is called again.
+
+        Raises:
+            CheckpointError: The source has NaN, infinity, or scales that are not positive.
+        """
+        weight = planned.weight
+        # First, because it reads into the buffer that the rows are then read into.
+        is_halved = _keeps_fp8(planned) and self._exceeds_range(weight)
+        stored = self._reader.stored(weight, rows)
+        if planned.treatment is Treatment.KEEP:
+            outputs = self._keep(planned, stored)
+        elif planned.treatment is Treatment.DEQUANTIZE:
+            outputs = self._dequantize(planned, stored, rows)
+        elif _keeps_fp8(planned):
+            outputs = self._rescale(planned, stored, rows, is_halved=is_halved)
+        else:
+            outputs = self._quantize(planned, stored, rows)
+        return ConvertedRows(stored, outputs)
+
+    def _keep(self, planned: PlannedTensor, stored: torch.Tensor) -> dict[str, torch.Tensor]:
+        if planned.weight.tensor.dtype in TORCH_DTYPES:
+            self._reader.check_finite(planned.weight.tensor, stored)
+        return {planned.name: stored}
+
+    def _dequantize(
+        self, planned: PlannedTensor, stored: torch.Tensor, rows: range
+    ) -> dict[str, torch.Tensor]:
+        values = self._values(planned.weight, stored, rows)
+        self._reader.check_finite(planned.weight.tensor, values)
+        return {planned.name: values.to(TORCH_DTYPES[planned.dtype])}
+
+    def _quantize(
+        self, planned: PlannedTensor, stored: torch.Tensor, rows: range
+    ) -> dict[str, torch.Tensor]:
+        shape, buffers = tuple(stored.shape), self._reader.buffers
+        quantized, scale = fp8.quantize_per_channel(
+            self._values(planned.weight, stored, rows),
+            scratch=buffers.take("values", shape),
+            out=buffers.take("quantized", shape),
+        )
+        self._reader.check_finite(planned.weight.tensor, scale)
+        return {planned.name: quantized, planned.scale_name: scale}
+
+    def _rescale(
+        self, planned: PlannedTensor, stored: torch.Tensor, rows: range, *, is_halved: bool
+    ) -> dict[str, torch.Tensor]:
+        weight, buffers = planned.weight, self._reader.buffers
+        assert weight.scale is not None
+        scale = self._reader.scale(weight.scale, rows, weight.tensor.columns)
+        if not is_halved:
+            return {planned.name: stored, planned.scale_name: scale}
+        halves = buffers.take("values", tuple(stored.shape))
+        out = buffers.take("quantized", tuple(stored.shape))
+        halved = fp8.halve(stored, scratch=halves, out=out)
+        self._reader.check_finite(weight.tensor, halves)
+        return {planned.name: halved, planned.scale_name: scale * 2}
+
+    def _values(self, weight: Weight, stored: torch.Tensor, rows: range) -> torch.Tensor:
+        if weight.scale is None:
+            return stored
+        return self._reader.dequantized(stored, weight.scale, rows)
+
+    def _exceeds_range(self, weight: Weight) -> bool:
+        """Whether any value of an FP8 weight is beyond Neuron's range; looked at once."""
+        with self._lock:
+            known = self._exceeding.get(weight.name)
+        if known is None:
+            known = any(
+                fp8.exceeds_range(self._reader.stored(weight, rows))
+                for rows in row_ranges(weight.tensor)
+            )
+            with self._lock:
+                self._exceeding[weight.name] = known
+        return known
+
+
+def _keeps_fp8(planned: PlannedTensor) -> bool:
+    """Whether a weight that is to be FP8 is FP8 already, with one scale for each channel."""
+    weight = planned.weight
+    return (
+        planned.treatment is Treatment.QUANTIZE
+        and weight.scale is not None
+        and weight.scale.columns >= weight.tensor.columns
+    )
