@@ -2,10 +2,10 @@
 
 from nxdi_expertscale.checkpoint.inspect import Inspection, inspect_checkpoint
 from nxdi_expertscale.checkpoint.neuron_config import NeuronSettings, neuron_settings
+from nxdi_expertscale.checkpoint.origin import mismatch
 from nxdi_expertscale.checkpoint.quantize import QuantizationResult, quantize_checkpoint
 from nxdi_expertscale.checkpoint.verify import Verification, verify_checkpoint
 from nxdi_expertscale.checkpoint.write.manifest import Manifest, is_untouched, read_manifest
-from nxdi_expertscale.checkpoint.write.provenance import mismatch
 
 __all__ = [
     "Inspection",

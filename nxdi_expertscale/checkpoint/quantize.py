@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nxdi_expertscale.checkpoint.json_files import render_json
+from nxdi_expertscale.checkpoint.origin import mismatch_of
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores
 from nxdi_expertscale.checkpoint.read.files import (
     CONFIG,
@@ -33,7 +34,6 @@ from nxdi_expertscale.checkpoint.write.manifest import (
 from nxdi_expertscale.checkpoint.write.plan import Plan, make_plan
 from nxdi_expertscale.checkpoint.write.provenance import (
     check_unchanged,
-    mismatch_of,
     source_records,
     source_state,
 )
@@ -125,9 +125,7 @@ def quantize_checkpoint(
 
     with translate_disk_errors(destination), Staging(destination) as staging:
         # 3. Publish what an earlier run wrote completely; if it is what was asked for, that is all.
-        if staging.publish() and (
-            mismatch_of(read_manifest(destination), source, modules_to_not_convert) is None
-        ):
+        if staging.publish() and (_is_result(destination, source, modules_to_not_convert)):
             resumed = len(plan.shards)
         else:
             check_destination(source, destination, overwrite=overwrite)
@@ -173,6 +171,12 @@ def quantize_checkpoint(
         modules_to_not_convert=plan.exclusions,
         unused_exclusions=plan.unused_exclusions,
     )
+
+
+def _is_result(destination: Path, source: Model, modules_to_not_convert: Sequence[str]) -> bool:
+    """Whether a finished folder is what this run is to make."""
+    finished, manifest = open_model(destination), read_manifest(destination)
+    return mismatch_of(finished, manifest, source, modules_to_not_convert) is None
 
 
 def _write_other_files(staging: Staging, source: Model, plan: Plan) -> tuple[FileRecord, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from nxdi_expertscale.checkpoint.origin import mismatch_of
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores, for_each
 from nxdi_expertscale.checkpoint.quantization_error import ErrorSums, LayerError
 from nxdi_expertscale.checkpoint.read.chunks import Chunk, chunks_of
@@ -23,7 +24,6 @@ from nxdi_expertscale.checkpoint.write.manifest import (
     read_manifest,
 )
 from nxdi_expertscale.checkpoint.write.plan import effective_exclusions
-from nxdi_expertscale.checkpoint.write.provenance import mismatch_of
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.exclusions import is_excluded
 from nxdi_expertscale.numerics import fp8
@@ -160,7 +160,7 @@ def _check_treatments(model: Model, modules_to_not_convert: Iterable[str]) -> li
 def _check_source(manifest: Manifest, model: Model, source: Model) -> list[Fault]:
     """Check that a folder was made from a source, and has its tensors."""
     faults = []
-    difference = mismatch_of(manifest, source, manifest.modules_to_not_convert)
+    difference = mismatch_of(model, manifest, source, manifest.modules_to_not_convert)
     if difference is not None:
         faults.append(Fault(str(source.folder.path), difference))
     ours, theirs = _by_name(model), _by_name(source)

@@ -84,7 +84,7 @@ def dst(src: Path, tmp_path: Path) -> Path:
         (lambda src, _: inspect_checkpoint(src), 1),
         (lambda src, dst: evaluate_checkpoint(src, dst, tokens=8), 2),
         (lambda _, dst: neuron_settings(dst), 1),
-        (lambda src, dst: mismatch(dst, src, ["self_attn"]), 1),
+        (lambda src, dst: mismatch(dst, src, ["self_attn"]), 2),
     ],
     ids=["quantize", "overwrite", "verify", "against", "inspect", "evaluate", "config", "mismatch"],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +33,18 @@ class ConvertedRows:
 class RowConverter:
     """Converts rows of a source's weights, from several threads at once."""
 
-    def __init__(self, reader: ValueReader) -> None:
+    def __init__(
+        self, reader: ValueReader, *, exceeds_range: Callable[[Weight], bool] | None = None
+    ) -> None:
+        """Convert what a reader reads.
+
+        Args:
+            reader: Reads the source.
+            exceeds_range: Whether any value of an FP8 weight is beyond Neuron's range, for who
+                knows it without looking; by default the weight is read to find out.
+        """
         self._reader = reader
+        self._exceeds = self._look_at_range if exceeds_range is None else exceeds_range
         self._exceeding: dict[str, bool] = {}
         self._lock = threading.Lock()
 
@@ -112,17 +122,20 @@ class RowConverter:
         return self._reader.dequantized(stored, weight.scale, rows)
 
     def _exceeds_range(self, weight: Weight) -> bool:
-        """Whether any value of an FP8 weight is beyond Neuron's range; looked at once."""
+        """Whether any value of an FP8 weight is beyond Neuron's range; found out once."""
         with self._lock:
             known = self._exceeding.get(weight.name)
         if known is None:
-            known = any(
-                fp8.exceeds_range(self._reader.stored(weight, rows))
-                for rows in row_ranges(weight.tensor)
-            )
+            known = self._exceeds(weight)
             with self._lock:
                 self._exceeding[weight.name] = known
         return known
+
+    def _look_at_range(self, weight: Weight) -> bool:
+        return any(
+            fp8.exceeds_range(self._reader.stored(weight, rows))
+            for rows in row_ranges(weight.tensor)
+        )
 
 
 def _keeps_fp8(planned: PlannedTensor) -> bool:

@@ -143,10 +143,7 @@ def make_plan(model: Model, modules_to_not_convert: Iterable[str], max_shard_byt
     """
     requested = tuple(modules_to_not_convert)
     exclusions = effective_exclusions(model, requested)
-    full_precision = _HF_DTYPES.get(model.config.dtype or "", "BF16")
-    planned = [
-        _plan_tensor(weight, model.family, exclusions, full_precision) for weight in model.weights
-    ]
+    planned = plan_tensors(model, requested)
     shards = tuple(_plan_shards(planned, max_shard_bytes))
     weight_map = {name: shard.name for shard in shards for name in shard.offsets}
     total = sum(new.nbytes for tensor in planned for new in tensor.outputs)
@@ -157,6 +154,15 @@ def make_plan(model: Model, modules_to_not_convert: Iterable[str], max_shard_byt
         exclusions=exclusions,
         unused_exclusions=tuple(_unused(requested, model)),
     )
+
+
+def plan_tensors(model: Model, modules_to_not_convert: Iterable[str]) -> list[PlannedTensor]:
+    """Decide what is done with each tensor, in the order of the source; see :func:`make_plan`."""
+    exclusions = effective_exclusions(model, modules_to_not_convert)
+    full_precision = _HF_DTYPES.get(model.config.dtype or "", "BF16")
+    return [
+        _plan_tensor(weight, model.family, exclusions, full_precision) for weight in model.weights
+    ]
 
 
 def effective_exclusions(model: Model, requested: Iterable[str]) -> tuple[str, ...]:
