@@ -286,7 +286,7 @@ def _ways_in(packages: Mapping[str, str | None], found: Probe) -> dict[str, str]
 
 
 def _check_device(findings: _Findings) -> None:
-    findings.warnings.extend(device_variables.contradictions())
+    findings.warnings.extend(device_variables.find_conflicts())
     cores = os.environ.get(LOGICAL_NC_VARIABLE, "2")
     if cores != "2":
         findings.warnings.append(
@@ -302,7 +302,7 @@ def _device() -> dict[str, str]:
         LOGICAL_NC_VARIABLE: os.environ.get(LOGICAL_NC_VARIABLE, "unset"),
         **{
             name: os.environ.get(name, "unset: expert_wise_scale with FP8 sets it")
-            for name in device_variables.SWITCHES
+            for name in device_variables.VARIABLES
         },
     }
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from nxdi_expertscale.families.built_in_limits import (
+    LLAMA4_LIMITS,
+    MIXTRAL_LIMITS,
+    QWEN3_MOE_LIMITS,
+)
 from nxdi_expertscale.families.declaration import DecoderTraits, MoEFamily, Stacking
 
 QWEN3_MOE = MoEFamily(
@@ -12,6 +17,7 @@ QWEN3_MOE = MoEFamily(
         ":convert_qwen3_moe_hf_to_neuron_state_dict"
     ),
     stacked=Stacking.OUTPUTS_FIRST,
+    limits=QWEN3_MOE_LIMITS,
     decoder=DecoderTraits(head_norm=True, normalizes_top_k=False),
 )
 
@@ -29,6 +35,7 @@ MIXTRAL = MoEFamily(
     down="w2",
     num_experts=("num_local_experts",),
     intermediate_size=("intermediate_size",),
+    limits=MIXTRAL_LIMITS,
     decoder=DecoderTraits(head_norm=False, normalizes_top_k=True),
 )
 
@@ -50,6 +57,7 @@ LLAMA4 = MoEFamily(
     full_precision=("lm_head", "shared_expert", "vision_model", "multi_modal_projector"),
     num_experts=("num_local_experts",),
     intermediate_size=("intermediate_size",),
+    limits=LLAMA4_LIMITS,
 )
 
 BUILT_IN: tuple[MoEFamily, ...] = (QWEN3_MOE, MIXTRAL, LLAMA4)

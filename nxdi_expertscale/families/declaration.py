@@ -13,6 +13,7 @@ from typing import Any
 
 from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.families.config_fields import first_int
+from nxdi_expertscale.families.limits import Limit, ReachedLimit, find_reached
 from nxdi_expertscale.families.tensor_names import TensorNames
 
 GATE_UP = "gate_up_proj"
@@ -80,6 +81,7 @@ class MoEFamily:
         num_experts: Attributes of the model's config that may hold the number of experts.
         num_experts_per_tok: Attributes that may hold the number of experts of a token.
         intermediate_size: Attributes that may hold the experts' intermediate size.
+        limits: What NxDI computes wrongly, or cannot load, of some of its models.
         decoder: What is particular to its layers; None where ``evaluate`` cannot compute them.
     """
 
@@ -102,6 +104,7 @@ class MoEFamily:
     num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
     num_experts_per_tok: tuple[str, ...] = ("num_experts_per_tok",)
     intermediate_size: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
+    limits: tuple[Limit, ...] = ()
     decoder: DecoderTraits | None = None
 
     def __post_init__(self) -> None:
@@ -170,3 +173,7 @@ class MoEFamily:
     def experts_per_token_of(self, config: Any) -> int | None:
         """Number of experts that a token goes through, from a model's config."""
         return first_int(config, self.num_experts_per_tok)
+
+    def limits_of(self, config: Any) -> tuple[ReachedLimit, ...]:
+        """What NxDI computes wrongly, or cannot load, of the model with this config."""
+        return find_reached(self.limits, config)

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import MoEFamily
-from nxdi_expertscale.families.unsupported import why_unsupported
+from nxdi_expertscale.families.unsupported import find_unsupported
 
 
-def family_of(model_type: str | None, families: Sequence[MoEFamily]) -> MoEFamily | None:
-    """The family that a ``model_type`` belongs to, or None."""
-    return next((family for family in families if model_type in family.model_types), None)
+def family_of(
+    model_type: str | None, families: Sequence[MoEFamily], modules: Collection[str] = ()
+) -> MoEFamily | None:
+    """The family that a model belongs to, or None for a dense or unknown model.
+
+    Args:
+        model_type: The model's type, if it has one.
+        families: The families that are in force.
+        modules: Modules that define its config, by which it is known where it has no type.
+    """
+    for family in families:
+        if model_type in family.model_types:
+            return family
+        if not model_type and family.converter.partition(":")[0] in modules:
+            return family
+    return None
 
 
 def require_family(model_type: str | None, families: Sequence[MoEFamily], where: str) -> MoEFamily:
@@ -23,9 +36,12 @@ def require_family(model_type: str | None, families: Sequence[MoEFamily], where:
     """
     family = family_of(model_type, families)
     if family is None:
-        reason = why_unsupported(model_type)
-        if reason is not None:
-            raise CheckpointError(f"{where}: model_type {model_type!r} is not supported: {reason}")
+        unsupported = find_unsupported(model_type)
+        if unsupported is not None:
+            raise CheckpointError(
+                f"{where}: model_type {model_type!r} is not supported: {unsupported.reason}; "
+                f"{unsupported.remedy}"
+            )
         known = ", ".join(sorted(_model_types(families))) or "none"
         raise CheckpointError(
             f"{where}: model_type {model_type!r} is not a mixture-of-experts model that is "

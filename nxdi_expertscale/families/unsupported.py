@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -13,12 +13,14 @@ class UnsupportedModel:
     Attributes:
         model_types: Values of ``model_type`` in ``config.json``.
         module: NxDI's module that defines its config.
-        reason: Why, and what to do instead.
+        reason: Why it cannot.
+        remedy: What to do instead.
     """
 
     model_types: tuple[str, ...]
     module: str
     reason: str
+    remedy: str
 
 
 UNSUPPORTED: tuple[UnsupportedModel, ...] = (
@@ -27,23 +29,26 @@ UNSUPPORTED: tuple[UnsupportedModel, ...] = (
         module="neuronx_distributed_inference.models.dbrx.modeling_dbrx",
         reason=(
             "NxDI's converter for DBRX copies weights by name and drops every scale, so it loads "
-            "no quantized DBRX at all; run it in bfloat16"
+            "no quantized DBRX at all"
         ),
+        remedy="run it in bfloat16",
     ),
     UnsupportedModel(
         model_types=("gpt_oss",),
         module="neuronx_distributed_inference.models.gpt_oss.modeling_gpt_oss",
         reason=(
             "gpt-oss is quantized already: its experts are MXFP4, with a scale for every 32 "
-            "values, and NxDI reads them in no other form; run the original checkpoint with "
-            "quantized=False"
+            "values, and NxDI reads them in no other form"
         ),
+        remedy="run the original checkpoint with quantized=False",
     ),
 )
 
 
-def why_unsupported(model_type: str | None, modules: Iterable[str] = ()) -> str | None:
-    """Why a model cannot have one scale per expert, if that is known.
+def find_unsupported(
+    model_type: str | None, modules: Collection[str] = ()
+) -> UnsupportedModel | None:
+    """A model that cannot have one scale per expert, if it is known as one.
 
     Args:
         model_type: The model's type, if it has one.
@@ -51,5 +56,5 @@ def why_unsupported(model_type: str | None, modules: Iterable[str] = ()) -> str 
     """
     for model in UNSUPPORTED:
         if model_type in model.model_types or (not model_type and model.module in modules):
-            return model.reason
+            return model
     return None

@@ -19,7 +19,7 @@ from nxdi_expertscale.families.exclusions import are_experts_excluded
 from nxdi_expertscale.hooking.code import refers_to
 from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.patch import Patch
-from nxdi_expertscale.patches import config, seams
+from nxdi_expertscale.patches import config, installed_release, seams
 from nxdi_expertscale.settings import flag
 
 MODULE = "neuronx_distributed_inference.models.model_wrapper"
@@ -203,7 +203,7 @@ def _check_dtype(neuron_config: Any, q_config: dict[str, Any]) -> None:
     Raises:
         ConfigurationError: It does not: the weights would be cast without their scales.
     """
-    wanted = config.quantized_dtype(neuron_config)
+    wanted = installed_release.quantized_dtype(neuron_config)
     found = q_config["quantized_dtype"]
     found = getattr(found, "value", found)
     if wanted is not None and wanted != found:

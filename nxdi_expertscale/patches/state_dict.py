@@ -20,7 +20,7 @@ from nxdi_expertscale.hooking.code import names_in_code, refers_to
 from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import seams
-from nxdi_expertscale.patches.config import quantized_dtype
+from nxdi_expertscale.patches.installed_release import quantized_dtype
 from nxdi_expertscale.settings import flag
 
 if TYPE_CHECKING:

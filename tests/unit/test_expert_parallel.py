@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 
-from nxdi_expertscale.errors import ConfigurationError
-from nxdi_expertscale.settings import expert_parallel
+from nxdi_expertscale.settings.expert_parallel import (
+    ShortContext,
+    UnrunnableCall,
+    find_short_context,
+    find_unrunnable_call,
+    read_expert_parallelism,
+)
 
 EXPERTS, TOP_K = 128, 8
 """Qwen3-30B-A3B's."""
@@ -27,15 +32,28 @@ def settings(**changes: Any) -> SimpleNamespace:
     )
 
 
+def unrunnable(config: Any, experts: int = EXPERTS, top_k: int = TOP_K) -> UnrunnableCall | None:
+    return find_unrunnable_call(read_expert_parallelism(config), experts, top_k)
+
+
+def short_context(config: Any) -> ShortContext | None:
+    return find_short_context(read_expert_parallelism(config), TOP_K)
+
+
 def test_without_the_settings_there_is_one_rank() -> None:
-    assert expert_parallel.degrees(SimpleNamespace()) == (1, 1)
-    expert_parallel.check(SimpleNamespace(batch_size=1), EXPERTS, TOP_K)
+    parallelism = read_expert_parallelism(SimpleNamespace())
+
+    assert (parallelism.prefill_degree, parallelism.generation_degree) == (1, 1)
+    assert (parallelism.degree, parallelism.ep_degree) == (1, None)
+    assert unrunnable(SimpleNamespace(batch_size=1)) is None
 
 
 def test_hybrid_sharding_has_degrees_of_its_own() -> None:
     hybrid = SimpleNamespace(moe_cte_ep_degree=2, moe_tkg_ep_degree=8)
+    parallelism = read_expert_parallelism(settings(hybrid_sharding_config=hybrid))
 
-    assert expert_parallel.degrees(settings(hybrid_sharding_config=hybrid)) == (2, 8)
+    assert (parallelism.prefill_degree, parallelism.generation_degree) == (2, 8)
+    assert parallelism.degree == 8
 
 
 @pytest.mark.parametrize(
@@ -44,48 +62,96 @@ def test_hybrid_sharding_has_degrees_of_its_own() -> None:
         {},
         {"max_context_length": 64},
         {"tkg_batch_size": 1, "moe_ep_degree": 1},
+        {"tkg_batch_size": 1, "moe_ep_degree": None},
         {"tkg_batch_size": 16, "speculation_length": 4},
         {"enable_bucketing": True},
         {"enable_bucketing": True, "context_encoding_buckets": [64, 4096]},
         {"enable_bucketing": True, "context_encoding_buckets": [[64, 0], [4096, 512]]},
         {"token_generation_batches": [16, 32]},
         {"tkg_batch_size": 1, "spec_batch_size": 16, "speculation_length": 4},
+        {"batch_size": 1, "chunked_prefill_config": SimpleNamespace(max_num_seqs=16)},
+        {"chunked_prefill_config": SimpleNamespace(max_num_seqs=0)},
+        {
+            "tkg_batch_size": 1,
+            "hybrid_sharding_config": SimpleNamespace(moe_cte_ep_degree=2, moe_tkg_ep_degree=1),
+        },
     ],
 )
-def test_enough_tokens_are_taken(changes: dict[str, Any]) -> None:
-    expert_parallel.check(settings(**changes), EXPERTS, TOP_K)
+def test_enough_tokens_can_run(changes: dict[str, Any]) -> None:
+    assert unrunnable(settings(**changes)) is None
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "expected"),
     [
-        ({"tkg_batch_size": 15}, "token generation with 15 x 1 .* batch_size of at least 16"),
-        ({"token_generation_batches": [4, 16]}, "token generation with 4 x 1"),
+        ({"tkg_batch_size": 15}, ("token generation", 15, 1, "a batch_size of at least 16")),
+        (
+            {"token_generation_batches": [4, 16]},
+            ("token generation", 4, 1, "a batch_size of at least 16"),
+        ),
         (
             {"chunked_prefill_config": SimpleNamespace(max_num_seqs=8)},
-            "token generation with 8 x 1",
+            ("token generation", 8, 1, "a batch_size of at least 16"),
         ),
-        ({"max_context_length": 15}, "context encoding with 1 x 15 .* at least 16 tokens"),
+        (
+            {
+                "tkg_batch_size": 15,
+                "moe_ep_degree": 1,
+                "hybrid_sharding_config": SimpleNamespace(moe_cte_ep_degree=1, moe_tkg_ep_degree=2),
+            },
+            ("token generation", 15, 1, "a batch_size of at least 16"),
+        ),
+        (
+            {"max_context_length": 15},
+            (
+                "context encoding",
+                1,
+                15,
+                "contexts (context_encoding_buckets, max_context_length) of at least 16 tokens",
+            ),
+        ),
         (
             {"enable_bucketing": True, "context_encoding_buckets": [8, 4096]},
-            "context encoding with 1 x 8",
+            (
+                "context encoding",
+                1,
+                8,
+                "contexts (context_encoding_buckets, max_context_length) of at least 16 tokens",
+            ),
         ),
         (
             {"tkg_batch_size": 15, "speculation_length": 4, "enable_fused_speculation": True},
-            "speculation with 15 x 4 .* batch_size of at least 16",
+            ("speculation", 15, 4, "a batch_size of at least 16"),
         ),
-        ({"medusa_speculation_length": 2}, "speculation with 16 x 2 .* at least 32"),
+        (
+            {"medusa_speculation_length": 2},
+            ("speculation", 16, 2, "a batch_size of at least 32"),
+        ),
     ],
 )
-def test_too_few_tokens_are_refused_with_what_is_enough(
-    changes: dict[str, Any], message: str
+def test_too_few_tokens_are_found_with_what_is_enough(
+    changes: dict[str, Any], expected: tuple[str, int, int, str]
 ) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        expert_parallel.check(settings(**changes), EXPERTS, TOP_K)
+    call = unrunnable(settings(**changes))
+
+    assert call is not None
+    assert (call.name, call.batch, call.length, call.larger) == expected
+    assert call.chosen == call.batch * call.length * TOP_K < call.needed
 
 
 @pytest.mark.parametrize(
-    ("changes", "warned"),
+    ("experts", "top_k", "smallest"), [(128, 8, 16), (8, 2, 4), (10, 3, 4), (9, 3, 3), (8, 8, 1)]
+)
+def test_smallest_batch_chooses_every_expert(experts: int, top_k: int, smallest: int) -> None:
+    assert unrunnable(settings(tkg_batch_size=smallest), experts, top_k) is None
+    if smallest > 1:
+        call = unrunnable(settings(tkg_batch_size=smallest - 1), experts, top_k)
+        assert call is not None
+        assert call.larger == f"a batch_size of at least {smallest}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_short"),
     [
         ({"max_context_length": 63}, True),
         ({"max_context_length": 64}, False),
@@ -97,18 +163,17 @@ def test_too_few_tokens_are_refused_with_what_is_enough(
         ),
     ],
 )
-def test_contexts_below_a_block_are_warned_of(
-    caplog: pytest.LogCaptureFixture, changes: dict[str, Any], warned: bool
-) -> None:
-    expert_parallel.check(settings(**changes), EXPERTS, TOP_K)
+def test_contexts_below_a_block_are_found(changes: dict[str, Any], is_short: bool) -> None:
+    found = short_context(settings(**changes))
 
-    assert ("contexts of at least 64 tokens" in caplog.text) is warned
+    assert found == (ShortContext(4, 1, 63, 512, 64) if is_short else None)
 
 
 def test_buckets_of_upstreams_own_making_are_counted() -> None:
     many = 256
     few = settings(enable_bucketing=True, batch_size=many, tkg_batch_size=many)
 
-    with pytest.raises(ConfigurationError, match="context encoding with 1 x 128"):
-        expert_parallel.check(few, many, 1)
-    expert_parallel.check(SimpleNamespace(**vars(few), is_prefix_caching=True), many, 1)
+    call = unrunnable(few, many, 1)
+    assert call is not None
+    assert (call.name, call.batch, call.length) == ("context encoding", 1, 128)
+    assert unrunnable(SimpleNamespace(**vars(few), is_prefix_caching=True), many, 1) is None

@@ -188,6 +188,8 @@ def test_stacked_experts_are_named_by_their_layer() -> None:
 def test_unsupported_model_without_a_type_is_known_by_its_module() -> None:
     module = "neuronx_distributed_inference.models.dbrx.modeling_dbrx"
 
-    assert "DBRX" in str(unsupported.why_unsupported(None, [module]))
-    assert unsupported.why_unsupported("qwen3_moe", [module]) is None
-    assert unsupported.why_unsupported(None, ["another"]) is None
+    found = unsupported.find_unsupported(None, [module])
+    assert found is not None
+    assert "DBRX" in found.reason
+    assert unsupported.find_unsupported("qwen3_moe", [module]) is None
+    assert unsupported.find_unsupported(None, ["another"]) is None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nxdi_expertscale.settings.device_variables import SWITCHES
+from nxdi_expertscale.settings.device_variables import VARIABLES
 
 pytestmark = pytest.mark.usefixtures("active")
 
@@ -22,7 +22,7 @@ FP8 = {
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in SWITCHES:
+    for name in VARIABLES:
         # Set first, so that what the test sets is taken away again.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -31,7 +31,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flag_and_fp8_set_them(nxdi: Any, moe: Path) -> None:
     nxdi.inference_config(moe, **FP8, expert_wise_scale=True)
 
-    assert [os.environ.get(name) for name in SWITCHES] == ["1", "1"]
+    assert [os.environ.get(name) for name in VARIABLES] == ["1", "1"]
 
 
 @pytest.mark.parametrize(
@@ -46,4 +46,4 @@ def test_flag_and_fp8_set_them(nxdi: Any, moe: Path) -> None:
 def test_anything_else_leaves_them(nxdi: Any, moe: Path, settings: dict[str, Any]) -> None:
     nxdi.inference_config(moe, **settings)
 
-    assert not {*SWITCHES} & {*os.environ}
+    assert not {*VARIABLES} & {*os.environ}

@@ -12,7 +12,7 @@ from nxdi_expertscale.settings import device_variables
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in device_variables.SWITCHES:
+    for name in device_variables.VARIABLES:
         # Set first, so that what the test sets is taken away again.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -21,10 +21,10 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unset_switches_are_set_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="nxdi_expertscale")
 
-    device_variables.turn_on()
-    device_variables.turn_on()
+    device_variables.set_variables()
+    device_variables.set_variables()
 
-    assert [os.environ[name] for name in device_variables.SWITCHES] == ["1", "1"]
+    assert [os.environ[name] for name in device_variables.VARIABLES] == ["1", "1"]
     assert caplog.messages == ["set XLA_HANDLE_SPECIAL_SCALAR=1, UNSAFE_FP8FNCAST=1 for FP8"]
 
 
@@ -34,7 +34,7 @@ def test_contradicting_switch_is_left_with_a_warning(
 ) -> None:
     os.environ["UNSAFE_FP8FNCAST"] = value
 
-    device_variables.turn_on()
+    device_variables.set_variables()
 
     assert os.environ["UNSAFE_FP8FNCAST"] == value
     (line,) = caplog.messages

@@ -1,0 +1,62 @@
+"""What the installed NxDI and NxD do, asked of themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.settings.settings import Settings, Upstream
+
+if TYPE_CHECKING:
+    import torch
+
+_MOE_V2 = "neuronx_distributed_inference.modules.moe_v2"
+"""Where a family's experts are built from the neuron config's own settings for them."""
+
+
+def upstream_of(settings: Settings, neuron_config: Any) -> Upstream:
+    """What the installed release does with the experts of a model.
+
+    NxD is asked for its kernels only where they matter: with the flag on.
+    """
+    if settings.family is None:
+        return Upstream()
+    asks = settings.is_on and settings.is_quantized and not runs_on_cpu(neuron_config)
+    cores = _kernel_cores() if asks else frozenset[int]()
+    return Upstream(_reads_moe_settings(settings.family), cores)
+
+
+def runs_on_cpu(neuron_config: Any) -> bool:
+    """Whether upstream runs this model on a CPU (``neuronx_distributed.utils.cpu_mode``)."""
+    return bool(getattr(neuron_config, "on_cpu", False)) or os.environ.get("NXD_CPU_MODE") == "1"
+
+
+def quantized_dtype(neuron_config: Any) -> torch.dtype | None:
+    """The dtype of quantized weights that a neuron config asks for, if it says so."""
+    from neuronx_distributed.quantization.quantization_config import QuantizedDtype
+
+    wanted = getattr(neuron_config, "quantization_dtype", None)
+    dtype = QuantizedDtype.get_dtype(wanted) if isinstance(wanted, str) else wanted
+    return getattr(dtype, "value", dtype)
+
+
+def _reads_moe_settings(family: MoEFamily) -> bool:
+    modeling = sys.modules.get(family.converter.partition(":")[0])
+    initialize = getattr(modeling, "initialize_moe_module", None)
+    return getattr(initialize, "__module__", _MOE_V2) == _MOE_V2
+
+
+def _kernel_cores() -> frozenset[int]:
+    """Numbers of logical cores for which this NxD has a blockwise kernel."""
+    from neuronx_distributed.modules.moe import blockwise
+
+    available = set()
+    for cores in (1, 2):
+        wanted = blockwise.KernelConfig(blockwise.LogicalNCConfig(cores), use_block_parallel=False)
+        with contextlib.suppress(blockwise.KernelAvailabilityError):
+            blockwise.check_kernel_availability(wanted)
+            available.add(cores)
+    return frozenset(available)
