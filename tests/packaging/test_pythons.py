@@ -28,7 +28,7 @@ TORCH_FREE = (
     "test_plugins.py",
     "test_families.py",
     "test_exclusions.py",
-    "test_device_switches.py",
+    "test_device_variables.py",
 )
 """Unit tests that need no torch."""
 

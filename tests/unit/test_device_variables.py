@@ -18,7 +18,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def test_unset_switches_are_set_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_unset_variables_are_set_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="nxdi_expertscale")
 
     device_variables.set_variables()
@@ -29,7 +29,7 @@ def test_unset_switches_are_set_and_said_once(caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.parametrize("value", ["0", "", "false"])
-def test_contradicting_switch_is_left_with_a_warning(
+def test_conflicting_variable_is_left_with_a_warning(
     caplog: pytest.LogCaptureFixture, value: str
 ) -> None:
     os.environ["UNSAFE_FP8FNCAST"] = value

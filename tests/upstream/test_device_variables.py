@@ -1,4 +1,4 @@
-"""The FP8 switches of the device, as soon as a config asks for experts in FP8."""
+"""The FP8 variables of the device, as soon as a config asks for experts in FP8."""
 
 from __future__ import annotations
 
