@@ -1,10 +1,10 @@
-"""Digests of what is read and of what is written, all of them BLAKE3.
+"""BLAKE3 digests of what is read and of what is written.
 
 BLAKE3 because hashing is a good part of the work and it is more than twice as fast as SHA-256.
 The digest of a file that is written is that of its bytes, as ``b3sum`` prints it. A file of
-weights that is read is digested in pieces, while several workers pass over it in no order: its
-digest is that of its header's digest and those of its tensors, in the order of the file; a
-tensor's is that of its pieces' digests.
+weights that is read is digested in chunks, by several workers in any order: a tensor's digest is
+that of its chunks' digests, and the file's is that of its header's digest and its tensors' digests,
+in the order of the file.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from nxdi_expertscale.checkpoint import neuron_settings, quantize_checkpoint
 from tests.harness import checkpoints
 
 
-def test_settings_name_the_folder_the_numbers_and_the_exclusions_of_both_worlds(
+def test_settings_name_the_folder_the_dtype_and_the_exclusions_as_checkpoint_and_nxdi_do(
     tmp_path: Path,
 ) -> None:
     src = checkpoints.save(tmp_path / "src")

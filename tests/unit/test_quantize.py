@@ -187,7 +187,7 @@ def test_each_kind_of_tensor_is_counted(src: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["layers.0.mlp.experts", "model.layers.0.mlp.expert_mlps"])
-def test_experts_named_in_either_world_are_left_as_they_are(
+def test_experts_named_as_in_the_checkpoint_or_as_in_nxdi_are_left_as_they_are(
     src: Path, tmp_path: Path, name: str
 ) -> None:
     quantize_checkpoint(src, tmp_path / "dst", modules_to_not_convert=[name])
