@@ -93,7 +93,7 @@ def evaluate_checkpoint(
     for model in (source, quantized):
         _check_weights(model, architecture)
     content = python_documentation() if text is None else read_text(Path(text), tokens)
-    token_ids = tokenize(content, source.folder.path, architecture.vocab_size)
+    token_ids = tokenize(content, source.folder, architecture.vocab_size)
     batch = _sequences(token_ids, source, tokens)
     with StoredWeights(source) as original, StoredWeights(quantized) as expert_wise:
         averaged = with_averaged_scales(expert_wise)

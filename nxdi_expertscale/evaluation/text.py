@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from nxdi_expertscale.checkpoint.read.files import read_auxiliary_file
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError, damaged
+from nxdi_expertscale.sources.folder import Folder
 
 TOKENIZER = "tokenizer.json"
 
@@ -48,13 +50,13 @@ def python_documentation() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
-def tokenize(text: str, checkpoint: Path, vocab_size: int) -> torch.Tensor:
+def tokenize(text: str, folder: Folder, vocab_size: int) -> torch.Tensor:
     """A text in the tokens of a checkpoint.
 
     Args:
         text: The text.
-        checkpoint: The checkpoint's folder, with ``tokenizer.json``. A model of 256 tokens
-            needs none: its tokens are bytes.
+        folder: The checkpoint's folder, with ``tokenizer.json``. A model of 256 tokens needs
+            none: its tokens are bytes.
         vocab_size: Number of tokens that the model knows.
 
     Returns:
@@ -64,23 +66,23 @@ def tokenize(text: str, checkpoint: Path, vocab_size: int) -> torch.Tensor:
         CheckpointError: There is no tokenizer, or it is another model's.
         ConfigurationError: The package ``tokenizers`` is not installed.
     """
-    path = checkpoint / TOKENIZER
-    if path.is_file():
-        found = _encode(text, path)
+    where = folder.location(TOKENIZER)
+    if folder.has(TOKENIZER):
+        found = _encode(text, read_auxiliary_file(folder, TOKENIZER), where)
     elif vocab_size == _BYTES:
         found = list(text.encode())
     else:
-        raise CheckpointError(f"{path}: is missing; put the model's tokenizer there")
+        raise CheckpointError(f"{where}: is missing; put the model's tokenizer there")
     tokens = torch.tensor(found, dtype=torch.int64)
     if tokens.numel() and int(tokens.max()) >= vocab_size:
         raise CheckpointError(
-            f"{path}: has a token {int(tokens.max())}, and the model has {vocab_size}; it is "
+            f"{where}: has a token {int(tokens.max())}, and the model has {vocab_size}; it is "
             "another model's"
         )
     return tokens
 
 
-def _encode(text: str, path: Path) -> list[int]:
+def _encode(text: str, tokenizer_json: bytes, where: str) -> list[int]:
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -89,8 +91,8 @@ def _encode(text: str, path: Path) -> list[int]:
             "installed: pip install 'nxdi-expertscale[evaluate]'"
         ) from None
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(tokenizer_json)
     except Exception as error:  # tokenizers raises Exception itself
-        raise damaged(path, f"is not a tokenizer ({error})") from None
+        raise damaged(where, f"is not a tokenizer ({error})") from None
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     return ids
