@@ -14,7 +14,7 @@ from types import ModuleType
 
 from nxdi_expertscale.hooking.locks import fork_safe_lock
 from nxdi_expertscale.hooking.patch import Patch, SeamStatus, State
-from nxdi_expertscale.hooking.watcher import ImportWatcher, is_loaded, name_of
+from nxdi_expertscale.hooking.watcher import ImportWatcher, is_loaded
 from nxdi_expertscale.hooking.wrapper import Installation, Place, find
 
 _logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class Engine:
 
     def _on_loaded(self, module: ModuleType) -> None:
         with self._lock:
-            seams = [seam for seam in self._seams.values() if seam.patch.module == name_of(module)]
+            seams = [seam for seam in self._seams.values() if seam.patch.module == module.__name__]
         for seam in seams:
             place = find(module, seam.patch.attribute)
             state, reason = _check(seam.patch, module, place)

@@ -2,7 +2,8 @@
 
 wrapt's own post-import hooks fire once. A module that is reloaded, or imported anew after a failed
 attempt, would come back unpatched, and a model would run wrong without a word. Neither do they
-see a module that is run as a program, with ``python -m``.
+see a module that is run as a program, with ``python -m``: here its ``main`` is called after it was
+imported under its own name.
 """
 
 from __future__ import annotations
@@ -11,21 +12,17 @@ import ast
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
-from typing import Any, cast
+from typing import cast
 
 import wrapt
 
 _logger = logging.getLogger(__name__)
 
 ModuleCallback = Callable[[ModuleType], None]
-
-_REPORT_PROGRAM = (
-    "__import__('nxdi_expertscale.hooking.watcher').hooking.watcher.report_program(globals())"
-)
 
 
 class ImportWatcher(MetaPathFinder):
@@ -38,9 +35,8 @@ class ImportWatcher(MetaPathFinder):
         """Watch nothing yet.
 
         Args:
-            on_loaded: Called with each watched module after it was executed, or, if it is run as
-                a program, before its main part. What it raises fails the import. It may be
-                called twice for one execution.
+            on_loaded: Called with each watched module after it was executed. What it raises
+                fails the import. It may be called twice for one execution.
         """
         self._on_loaded = on_loaded
         self._names: tuple[str, ...] = ()
@@ -102,20 +98,14 @@ class ImportWatcher(MetaPathFinder):
             spec: ModuleSpec | None = find(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = cast(Loader, _ReportingLoader(spec.loader, self.report))
+                    spec.loader = cast(Loader, _ReportingLoader(spec.loader, self._report))
                 return spec
         return None
 
-    def report(self, module: ModuleType) -> None:
-        """Report a module, if it is one of those that are watched."""
-        if name_of(module) in self._names:
+    def _report(self, module: ModuleType) -> None:
+        # It may have ceased to be watched since it was found.
+        if module.__name__ in self._names:
             self._on_loaded(module)
-
-
-def name_of(module: ModuleType) -> str:
-    """The name that a module is imported by, also of one that is run as ``__main__``."""
-    spec = module.__spec__
-    return module.__name__ if spec is None else spec.name
 
 
 # wrapt's classes take type arguments from 2.0 on only.
@@ -132,11 +122,21 @@ class _ReportingLoader(wrapt.ObjectProxy):  # type: ignore[type-arg]
         self._self_on_loaded(module)
 
     def get_code(self, fullname: str) -> CodeType | None:
-        """The code that runpy executes as ``__main__``, without asking for the module."""
-        code = _code_of_program(self.__wrapped__, fullname)
-        if code is None:
-            _logger.warning("%s is run as a program in a way that cannot be patched", fullname)
-            code = self.__wrapped__.get_code(fullname)
+        """The code that runpy executes as ``__main__``, without asking for the module.
+
+        It imports the module under its own name, by which it is reported as in any import, and
+        calls its ``main``.
+        """
+        loader: InspectLoader = self.__wrapped__
+        code = loader.get_code(fullname)
+        if _only_calls_main(loader.get_source(fullname)):
+            program = f"from {fullname} import main\n{_MAIN_PART}\n"
+            return compile(program, f"<main of {fullname}>", "exec", dont_inherit=True)
+        _logger.warning(
+            "%s is run as a program and is not patched: its source does not end with a call of "
+            "main() and nothing else",
+            fullname,
+        )
         return code
 
     def _self_restore_loader(self, module: ModuleType) -> None:
@@ -148,36 +148,13 @@ class _ReportingLoader(wrapt.ObjectProxy):  # type: ignore[type-arg]
             spec.loader = self.__wrapped__
 
 
-def _code_of_program(loader: InspectLoader, name: str) -> CodeType | None:
-    """A module's code, with a call that reports it between its definitions and its main part.
-
-    None where there is no source, or no ``if __name__ == "__main__"`` in it.
-    """
-    source = loader.get_source(name)
-    if source is None:
-        return None
-    tree = ast.parse(source)
-    for place, statement in enumerate(tree.body):
-        if isinstance(statement, ast.If) and ast.unparse(statement.test).startswith("__name__ =="):
-            report = ast.parse(_REPORT_PROGRAM).body[0]
-            for node in ast.walk(report):
-                ast.copy_location(node, statement)
-            tree.body.insert(place, report)
-            path: Any = getattr(loader, "path", name)
-            return compile(tree, path, "exec", dont_inherit=True)
-    return None
+_MAIN_PART = "if __name__ == '__main__':\n    main()"
 
 
-def report_program(variables: Mapping[str, Any]) -> None:
-    """Report the module that is run as a program, of which these are the global variables."""
-    module = sys.modules.get(variables["__name__"])
-    if module is None or vars(module) is not variables:
-        # runpy.run_module without alter_sys: the variables are those of no module.
-        _logger.warning("%s is run in a way that cannot be patched", variables["__file__"])
-        return
-    for finder in list(sys.meta_path):
-        if isinstance(finder, ImportWatcher):
-            finder.report(module)
+def _only_calls_main(source: str | None) -> bool:
+    """Whether a module that is run as a program calls its own ``main`` at its end, no more."""
+    statements = ast.parse(source or "").body
+    return bool(statements) and ast.unparse(statements[-1]) == _MAIN_PART
 
 
 def is_loaded(name: str) -> bool:
