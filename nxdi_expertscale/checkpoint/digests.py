@@ -10,6 +10,7 @@ in the order of the file.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
 
 from blake3 import blake3
@@ -29,9 +30,14 @@ def combine(digests: Iterable[bytes]) -> bytes:
 
 def digest_file(path: Path) -> str:
     """Digest of a file, in hexadecimal."""
+    with path.open("rb", buffering=0) as file:
+        return digest_file_object(file)
+
+
+def digest_file_object(file: FileIO) -> str:
+    """Digest of the rest of an open file, in hexadecimal."""
     hasher = blake3()
     buffer = memoryview(bytearray(_CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            hasher.update(buffer[:count])
+    while count := file.readinto(buffer):
+        hasher.update(buffer[:count])
     return hasher.hexdigest()

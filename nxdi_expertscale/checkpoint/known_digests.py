@@ -1,8 +1,7 @@
 """Digests of files, each computed once for a host and remembered in the user's cache.
 
-A digest is remembered under what a file system does not let a program set: device, inode, size,
-and the times of change of content and of inode. Whoever writes to a file, or puts another one in
-its place, changes one of them, even if the modification time is set back afterwards.
+A digest is remembered under what a file system does not let a program set; see
+:func:`~nxdi_expertscale.sources.folder.file_identity`.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import filelock
 
 from nxdi_expertscale.checkpoint import digests
 from nxdi_expertscale.checkpoint.user_cache import user_cache
+from nxdi_expertscale.sources.folder import file_identity
 
 _logger = logging.getLogger("nxdi_expertscale")
 
@@ -125,14 +125,7 @@ class KnownDigests:
 
 def _identity(status: os.stat_result) -> str:
     # The name of the host, because homes are shared between hosts and device numbers are not.
-    parts = (
-        status.st_dev,
-        status.st_ino,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-    )
-    return f"{platform.node()}:{':'.join(map(str, parts))}"
+    return f"{platform.node()}:{file_identity(status)}"
 
 
 def _read(file: Path) -> dict[str, str]:

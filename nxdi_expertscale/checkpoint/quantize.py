@@ -27,15 +27,14 @@ from nxdi_expertscale.checkpoint.write.manifest import (
     MANIFEST,
     FileRecord,
     Manifest,
-    file_record,
     normalized,
     read_manifest,
 )
 from nxdi_expertscale.checkpoint.write.plan import Plan, make_plan
 from nxdi_expertscale.checkpoint.write.provenance import (
     check_unchanged,
+    source_files,
     source_records,
-    source_state,
 )
 from nxdi_expertscale.checkpoint.write.staging import Staging, digests_of_tensors
 from nxdi_expertscale.checkpoint.write.stream import write_shards
@@ -125,16 +124,16 @@ def quantize_checkpoint(
 
     with translate_disk_errors(destination), Staging(destination) as staging:
         # 3. Publish what an earlier run wrote completely; if it is what was asked for, that is all.
-        if staging.publish() and (_is_result(destination, source, modules_to_not_convert)):
+        if staging.resume_publishing() and _is_result(destination, source, modules_to_not_convert):
             resumed = len(plan.shards)
         else:
             check_destination(source, destination, overwrite=overwrite)
 
             # 4. Read, convert and write the weights, shard by shard.
-            state = source_state(source)
+            source_before = source_files(source)
             records, resumed = write_shards(
                 source,
-                state,
+                source_before,
                 plan.shards,
                 staging,
                 workers=workers or available_cores(),
@@ -145,12 +144,13 @@ def quantize_checkpoint(
             files = _write_other_files(staging, source, plan)
 
             # 6. Check that the source is still what was read, and record what was made from it.
-            check_unchanged(source, state)
+            digests = digests_of_tensors(records.values())
+            check_unchanged(source, source_before, digests)
             manifest = Manifest(
                 version=__version__,
                 model_type=source.config.model_type,
                 modules_to_not_convert=normalized(modules_to_not_convert),
-                source=source_records(source, state, digests_of_tensors(records.values())),
+                source=source_records(source, source_before, digests),
                 tensors=plan.count_kinds(),
                 shards=tuple(records[shard.name].file for shard in plan.shards),
                 files=files,
@@ -186,7 +186,7 @@ def _write_other_files(staging: Staging, source: Model, plan: Plan) -> tuple[Fil
         staging.write(name, read_auxiliary_file(source.folder, name))
     staging.write(CONFIG, render_json(plan.config))
     staging.write(INDEX, render_json(plan.index))
-    return tuple(file_record(staging.path(name)) for name in (*names, CONFIG, INDEX))
+    return tuple(staging.file_record(name) for name in (*names, CONFIG, INDEX))
 
 
 def _check_settings(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from nxdi_expertscale.checkpoint.digests import digest_file
+from nxdi_expertscale.checkpoint.finished import find_changed_files
 from nxdi_expertscale.checkpoint.origin import mismatch_of
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores, for_each
 from nxdi_expertscale.checkpoint.quantization_error import ErrorSums, LayerError
@@ -18,12 +20,11 @@ from nxdi_expertscale.checkpoint.read.tensor_reader import TensorReader
 from nxdi_expertscale.checkpoint.read.tensors import Weight
 from nxdi_expertscale.checkpoint.read.values import TORCH_DTYPES, ValueReader
 from nxdi_expertscale.checkpoint.write.manifest import (
-    FileRecord,
     Manifest,
-    file_record,
     read_manifest,
 )
 from nxdi_expertscale.checkpoint.write.plan import effective_exclusions
+from nxdi_expertscale.checkpoint.write.stray_weights import find_stray_weights
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.exclusions import is_excluded
 from nxdi_expertscale.numerics import fp8
@@ -93,7 +94,7 @@ def verify_checkpoint(
     source = None if against is None else open_model(against)
     cores = workers or available_cores()
     records = (*manifest.shards, *manifest.files)
-    faults = _check_files(open_folder(path), records, cores)
+    faults = _check_files(open_folder(path), manifest, cores)
     try:
         model = open_model(path)
     except CheckpointError as error:
@@ -110,24 +111,15 @@ def verify_checkpoint(
     return Verification(path, tuple(faults), len(records), quantized, layers)
 
 
-def _check_files(folder: Folder, records: Iterable[FileRecord], workers: int) -> list[Fault]:
-    """Check that files have the content that was written."""
-    faults: dict[str, str] = {}
-
-    def check(record: FileRecord) -> None:
-        try:
-            path = folder.checked_path(record.name)
-        except CheckpointError as error:
-            faults[record.name] = str(error)
-            return
-        size = path.stat().st_size
-        if size != record.size:
-            faults[record.name] = f"has {size} bytes, and {record.size} were written"
-        elif file_record(path).blake3 != record.blake3:
-            faults[record.name] = "has other content than was written (its checksum differs)"
-
-    for_each(check, iter(records), workers)
-    return _sorted(faults)
+def _check_files(folder: Folder, manifest: Manifest, workers: int) -> list[Fault]:
+    """Check that files have the content that was written, and that nothing is loaded instead."""
+    records = (*manifest.shards, *manifest.files)
+    changed = find_changed_files(folder, records, digest_file, workers)
+    stray = find_stray_weights(folder.names(), manifest)
+    return [
+        *(Fault(name, what) for name, what in changed.items()),
+        *(Fault(name, "is no part of the checkpoint, and may be loaded instead") for name in stray),
+    ]
 
 
 def _check_treatments(model: Model, modules_to_not_convert: Iterable[str]) -> list[Fault]:

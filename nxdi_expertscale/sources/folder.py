@@ -81,6 +81,14 @@ class Folder:
         """
         return self.checked_path(name).stat().st_size
 
+    def identity(self, name: str) -> str:
+        """What the file system says of a file; see :func:`file_identity`.
+
+        Raises:
+            CheckpointError: It is missing, or does not belong to the folder.
+        """
+        return file_identity(self.checked_path(name).stat())
+
     def mtime_ns(self, name: str) -> int:
         """When a file was last changed, in nanoseconds since the epoch.
 
@@ -193,6 +201,23 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
             "files (a model of the Hugging Face hub has to be downloaded first)"
         )
     return Folder(folder.resolve())
+
+
+def file_identity(status: os.stat_result) -> str:
+    """What a file system says of a file, and does not let a program set.
+
+    Device, inode, size, and the times of change of content and of inode. Whoever writes to the
+    file, or puts another one in its place, changes one of them, even if the modification time is
+    set back afterwards.
+    """
+    parts = (
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
+    return ":".join(map(str, parts))
 
 
 def is_file_name(name: str) -> bool:

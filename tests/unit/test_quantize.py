@@ -13,6 +13,8 @@ import torch
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint
 from nxdi_expertscale.checkpoint.read import chunks
+from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
+from nxdi_expertscale.checkpoint.write.pinned_folder import PinnedFolder
 from nxdi_expertscale.checkpoint.write.staging import WORK, Staging
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 from nxdi_expertscale.numerics import fp8
@@ -463,7 +465,7 @@ class TestGoingOn:
                 quantize_checkpoint(src, dst, max_shard_bytes=SMALL)
             old = checkpoints.contents(dst) if overwrite else {}
             with monkeypatch.context() as patched:
-                cut_off_at(step, patched)
+                cut_off_at(step, dst, patched)
                 try:
                     quantize_checkpoint(src, dst, overwrite=overwrite, **settings)
                 except _CutOffError:
@@ -482,31 +484,139 @@ class TestGoingOn:
             pytest.fail("the run never finished")
         assert step > 5
 
+    def test_a_damaged_shard_is_written_again(self, src: Path, tmp_path: Path) -> None:
+        undisturbed, dst = tmp_path / "undisturbed", tmp_path / "dst"
+        quantize_checkpoint(src, undisturbed, max_shard_bytes=SMALL)
+        stop_at_the_end(src, dst)
+        shards = sorted((dst / WORK).glob("*.safetensors"))
+        content = bytearray(shards[0].read_bytes())
+        content[-1] ^= 1
+        status = shards[0].stat()
+        shards[0].write_bytes(content)
+        os.utime(shards[0], ns=(status.st_atime_ns, status.st_mtime_ns))
+
+        result = quantize_checkpoint(src, dst, max_shard_bytes=SMALL)
+
+        assert 0 < result.resumed_shards == len(shards) - 1
+        assert checkpoints.contents(dst) == checkpoints.contents(undisturbed)
+
+    @pytest.mark.parametrize("garbage", [b"", b"{}", b"[1]", b"\xff" * 9, b"[" * 99999])
+    def test_a_damaged_record_is_no_reason_to_stop(
+        self, src: Path, tmp_path: Path, garbage: bytes
+    ) -> None:
+        stop_at_the_end(src, tmp_path / "dst")
+        records = sorted((tmp_path / "dst" / WORK).glob("*.record"))
+        records[0].write_bytes(garbage)
+
+        result = quantize_checkpoint(src, tmp_path / "dst", max_shard_bytes=SMALL)
+
+        assert 0 < result.resumed_shards == len(records) - 1
+
+    def test_a_source_replaced_with_its_times_kept_is_read_again(
+        self, src: Path, tmp_path: Path
+    ) -> None:
+        stop_at_the_end(src, tmp_path / "dst")
+        before = {path: path.stat() for path in src.iterdir()}
+        values = checkpoints.tensors()
+        name = "model.layers.1.mlp.experts.2.up_proj.weight"
+        values[name] = values[name] * -1
+        checkpoints.save(src, values)
+        for path, status in before.items():
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+        result = quantize_checkpoint(src, tmp_path / "dst", max_shard_bytes=SMALL)
+
+        assert 0 < result.resumed_shards == result.shards - 2
+        assert_same(checkpoints.load(tmp_path / "dst"), quantized_by_hand(values))
+
+    def test_a_source_that_was_copied_elsewhere_meanwhile_is_gone_on_with(
+        self, src: Path, tmp_path: Path
+    ) -> None:
+        stop_at_the_end(src, tmp_path / "dst")
+        copy = shutil.copytree(src, tmp_path / "copy", copy_function=shutil.copyfile)
+        shutil.rmtree(src)
+
+        result = quantize_checkpoint(copy, tmp_path / "dst", max_shard_bytes=SMALL)
+
+        assert 0 < result.resumed_shards == result.shards - 1
+
+    @pytest.mark.parametrize("damage", ["shard", "moved shard", "tokenizer", "manifest"])
+    def test_nothing_damaged_is_published(
+        self, src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+    ) -> None:
+        dst, undisturbed = tmp_path / "dst", tmp_path / "undisturbed"
+        quantize_checkpoint(src, undisturbed, max_shard_bytes=SMALL)
+        with monkeypatch.context() as patched, pytest.raises(_CutOffError):
+            cut_off_at(3, dst, patched)
+            quantize_checkpoint(src, dst, max_shard_bytes=SMALL)
+        damaged = {
+            "shard": max((dst / WORK).glob("*.safetensors")),
+            "moved shard": min(dst.glob("*.safetensors")),
+            "tokenizer": dst / WORK / "tokenizer.json",
+            "manifest": dst / WORK / MANIFEST,
+        }[damage]
+        damaged.write_bytes(b"\0" * damaged.stat().st_size)
+
+        result = quantize_checkpoint(src, dst, max_shard_bytes=SMALL)
+
+        assert result.resumed_shards >= result.shards - 1 or damage == "manifest"
+        assert checkpoints.contents(dst) == checkpoints.contents(undisturbed)
+
+    def test_a_folder_swapped_for_a_link_while_a_run_goes_on_loses_nothing(
+        self, src: Path, tmp_path: Path
+    ) -> None:
+        stranger, dst = tmp_path / "stranger", tmp_path / "dst"
+        stranger.mkdir()
+        (stranger / "precious.txt").write_text("precious")
+
+        def swap(done: int, total: int) -> None:
+            if done < total / 2 or (dst / WORK).is_symlink():
+                return
+            (dst / WORK).rename(tmp_path / "aside")
+            (dst / WORK).symlink_to(stranger)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            quantize_checkpoint(src, dst, progress=swap, workers=1)
+
+        assert [path.name for path in stranger.iterdir()] == ["precious.txt"]
+        with pytest.raises(CheckpointError, match="was not made by nxdi-expertscale"):
+            quantize_checkpoint(src, dst)
+        assert [path.name for path in stranger.iterdir()] == ["precious.txt"]
+
+
+def stop_at_the_end(src: Path, dst: Path) -> None:
+    """Cut a run off when all shards but the last are finished."""
+
+    def stop_late(done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(src, dst, max_shard_bytes=SMALL, workers=1, progress=stop_late)
+
 
 class _CutOffError(BaseException):
     """A kill, as far as it can be had within a process."""
 
 
-def cut_off_at(step: int, patched: pytest.MonkeyPatch) -> None:
+def cut_off_at(step: int, dst: Path, patched: pytest.MonkeyPatch) -> None:
     """Fail at the given call of what changes a folder, once all files are written."""
     steps = 0
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(path: Path, *arguments: Any, **keywords: Any) -> Any:
+        def call(*arguments: Any) -> Any:
             nonlocal steps
-            moving = (path / "../nxdi_expertscale.json").resolve().is_file() or (
-                path.parent / WORK / "nxdi_expertscale.json"
-            ).is_file()
-            if moving and not path.name.endswith(".partial"):
+            if (dst / WORK / MANIFEST).is_file():
                 steps += 1
                 if steps > step:
                     raise _CutOffError
-            return function(path, *arguments, **keywords)
+            return function(*arguments)
 
         return call
 
-    patched.setattr(Path, "replace", counted(Path.replace))
-    patched.setattr(Path, "unlink", counted(Path.unlink))
+    for name in ("move", "remove"):
+        patched.setattr(PinnedFolder, name, counted(getattr(PinnedFolder, name)))
 
 
 def is_part_of(found: dict[str, bytes], whole: dict[str, bytes]) -> bool:

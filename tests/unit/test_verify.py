@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint, read_manifest, verify_checkpoint
-from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, file_record
+from nxdi_expertscale.checkpoint.digests import digest_file
+from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, FileRecord
 from nxdi_expertscale.errors import CheckpointError
 from tests.harness import checkpoints
 
@@ -38,7 +39,8 @@ def change(folder: Path, edit: Callable[[checkpoints.Tensors], object]) -> None:
     edit(values)
     save_file(values, folder / SHARD)
     manifest = json.loads((folder / MANIFEST).read_text())
-    record = file_record(folder / SHARD)
+    shard = folder / SHARD
+    record = FileRecord(SHARD, shard.stat().st_size, digest_file(shard))
     manifest["shards"] = [{"name": SHARD, "size": record.size, "blake3": record.blake3}]
     (folder / MANIFEST).write_text(json.dumps(manifest))
 

@@ -31,6 +31,9 @@ _AUXILIARY = (
 )
 """What is copied beside the weights: tokenizer, generation config, chat template, licence."""
 
+_NOT_COPIED = ("*.index.json", "adapter_config.json")
+"""What would have other weights loaded, or an adapter put on top of them."""
+
 
 @dataclass(frozen=True)
 class WeightFiles:
@@ -138,7 +141,7 @@ def auxiliary_files(folder: Folder, leave_out: Iterable[str] = ()) -> list[str]:
         if any(fnmatchcase(name, pattern) for pattern in _AUXILIARY)
         and name not in skipped
         and not name.startswith(".")
-        and not name.endswith(".index.json")
+        and not any(fnmatchcase(name, pattern) for pattern in _NOT_COPIED)
     ]
     for name in names:
         folder.checked_path(name)

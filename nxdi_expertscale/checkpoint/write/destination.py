@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nxdi_expertscale.checkpoint.read.model import Model
-from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
+from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, read_manifest
 from nxdi_expertscale.checkpoint.write.staging import WORK, is_complete
+from nxdi_expertscale.checkpoint.write.stray_weights import find_stray_weights
 from nxdi_expertscale.errors import CheckpointError
 
 
@@ -25,12 +26,11 @@ def check_destination(source: Model, destination: Path, *, overwrite: bool) -> N
     Raises:
         CheckpointError: It is the source, or has something in it that may not be replaced.
     """
+    _check_apart(source.folder.path, destination)
     if not destination.exists():
         return
     if not destination.is_dir():
         raise CheckpointError(f"{destination}: is a file; name a folder")
-    if destination.resolve() == source.folder.path:
-        raise CheckpointError(f"{destination}: is the source itself; name another folder")
     if is_complete(destination):
         return
     if (destination / MANIFEST).is_file():
@@ -39,10 +39,34 @@ def check_destination(source: Model, destination: Path, *, overwrite: bool) -> N
                 f"{destination}: is a finished checkpoint; name another folder, or overwrite it "
                 "with --overwrite"
             )
+        _check_no_stray_weights(destination)
     elif any(path.name != WORK for path in destination.iterdir()):
         raise CheckpointError(
             f"{destination}: is not empty and was not made by nxdi-expertscale; name another "
             "folder, or remove what is in it"
+        )
+
+
+def _check_apart(source: Path, destination: Path) -> None:
+    found = destination.resolve()
+    if found == source:
+        raise CheckpointError(f"{destination}: is the source itself; name another folder")
+    if found.is_relative_to(source):
+        raise CheckpointError(
+            f"{destination}: lies in the source {source}; name a folder beside it"
+        )
+    if source.is_relative_to(found):
+        raise CheckpointError(
+            f"{destination}: the source {source} lies in it; name a folder beside the source"
+        )
+
+
+def _check_no_stray_weights(destination: Path) -> None:
+    names = [path.name for path in destination.iterdir()]
+    for name in find_stray_weights(names, read_manifest(destination)):
+        raise CheckpointError(
+            f"{destination / name}: is no part of the checkpoint that is to be replaced, and would "
+            "be loaded in place of the new one's weights; remove it"
         )
 
 

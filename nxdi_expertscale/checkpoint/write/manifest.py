@@ -11,8 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nxdi_expertscale.checkpoint import digests
-from nxdi_expertscale.checkpoint.json_files import read_json, render_json
+from nxdi_expertscale.checkpoint.json_files import (
+    MAX_JSON_BYTES,
+    parse_json,
+    read_json,
+    render_json,
+)
 from nxdi_expertscale.checkpoint.read.files import INDEX, SINGLE_FILE
 from nxdi_expertscale.errors import CheckpointError, one_line
 from nxdi_expertscale.sources.folder import is_file_name, open_folder
@@ -76,11 +80,6 @@ class Manifest:
         return render_json({"format": FORMAT, "package": "nxdi-expertscale", **asdict(self)})
 
 
-def file_record(path: Path) -> FileRecord:
-    """The record of a file as it is on the disk now."""
-    return FileRecord(path.name, path.stat().st_size, digests.digest_file(path))
-
-
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """Read the manifest of a folder that ``quantize`` finished.
 
@@ -93,10 +92,23 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
             f"{path}: was not made by nxdi-expertscale quantize, or is not finished: it has no "
             f"{MANIFEST}; run quantize"
         )
-    value = read_json(open_folder(path), MANIFEST)
+    return parse_manifest(open_folder(path).read(MANIFEST, limit=MAX_JSON_BYTES), path / MANIFEST)
+
+
+def parse_manifest(content: bytes, where: Path) -> Manifest:
+    """Parse the content of a manifest's file.
+
+    Args:
+        content: The bytes of the file.
+        where: The file, for messages.
+
+    Raises:
+        CheckpointError: It is damaged, or is one that this version cannot read.
+    """
+    value = parse_json(content, str(where))
     if value.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path / MANIFEST}: has format {value.get('format')!r}, and this version reads "
+            f"{where}: has format {value.get('format')!r}, and this version reads "
             f"{FORMAT}; run quantize again"
         )
     try:
@@ -111,12 +123,12 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
-            f"{path / MANIFEST}: is damaged ({one_line(error)}); run quantize again"
+            f"{where}: is damaged ({one_line(error)}); run quantize again"
         ) from None
     for record in (*manifest.shards, *manifest.files):
         if not is_file_name(record.name):
             raise CheckpointError(
-                f"{path / MANIFEST}: names {record.name!r}, which is not a file of the folder; "
+                f"{where}: names {record.name!r}, which is not a file of the folder; "
                 "run quantize again"
             )
     return manifest

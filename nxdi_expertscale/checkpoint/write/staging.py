@@ -4,30 +4,33 @@ Files are written to a hidden folder inside the destination. Each finished shard
 beside it, so a run that was cut off goes on from there. When all are complete they are moved to
 their places: the index, without which nothing loads, after all that it names, and the manifest
 last. A folder that is replaced loses its index before anything else.
+
+Nothing that an earlier run left is believed: its shards and files have to have the digests that
+were recorded. Both folders are opened once, and reached through their descriptors from then on.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
-import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
-import filelock
-
-from nxdi_expertscale.checkpoint.json_files import read_json
+from nxdi_expertscale.checkpoint.json_files import MAX_JSON_BYTES, parse_json
 from nxdi_expertscale.checkpoint.read.files import INDEX
 from nxdi_expertscale.checkpoint.write.manifest import (
     MANIFEST,
     FileRecord,
+    Manifest,
+    parse_manifest,
     read_file_record,
-    read_manifest,
 )
-from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError, one_line
-from nxdi_expertscale.sources.folder import open_folder
+from nxdi_expertscale.checkpoint.write.pinned_folder import PinnedFolder
+from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
 
 WORK = ".nxdi-expertscale"
 _LOCK = "lock"
@@ -41,15 +44,18 @@ class ShardRecord:
     """A finished shard.
 
     Attributes:
-        fingerprint: Digest of all that its bytes depend on: the source's files, the plan, and the
-            version of this package.
+        recipe: Digest of what is done with which tensors of the source, and of the version of this
+            package that does it.
         file: Its file.
         source_digests: Digest of each tensor of the source that it was made from, hexadecimal.
+        source_identities: What the file system said of each file of the source that it was made
+            from, by name; see :meth:`~nxdi_expertscale.sources.folder.Folder.identity`.
     """
 
-    fingerprint: str
+    recipe: str
     file: FileRecord
     source_digests: dict[str, str]
+    source_identities: dict[str, str]
 
 
 def digests_of_tensors(records: Iterable[ShardRecord]) -> dict[str, str]:
@@ -73,23 +79,30 @@ class Staging:
     """
 
     def __init__(self, destination: Path) -> None:
-        self._destination = destination
-        self._work = destination / WORK
-        self._lock = filelock.FileLock(self._work / _LOCK, blocking=False)
+        self._path = destination
         self._new_folders: list[Path] = []
+        self._open = ExitStack()
+        self._destination: PinnedFolder
+        self._work: PinnedFolder
 
     def __enter__(self) -> Staging:
-        candidates = (self._destination, *self._destination.parents)
+        candidates = (self._path, *self._path.parents)
         self._new_folders = [folder for folder in candidates if not folder.exists()]
-        self._work.mkdir(parents=True, exist_ok=True)
-        self._check_plain_files()
-        try:
-            self._lock.acquire()
-        except filelock.Timeout:
-            raise CheckpointInUseError(
-                f"{self._destination}: another run is writing to it; wait for its end, or name "
-                "another folder"
-            ) from None
+        with ExitStack() as opened:
+            while True:
+                self._path.mkdir(parents=True, exist_ok=True)
+                self._destination = opened.enter_context(PinnedFolder.open(self._path))
+                self._work = opened.enter_context(self._open_work())
+                self._check_plain_files()
+                lock = opened.enter_context(self._work.lock_file(_LOCK))
+                self._lock(lock)
+                # A run that ended in this moment may have removed what was locked.
+                if self._destination.holds(WORK, self._work) and self._work.is_open_file(
+                    _LOCK, lock
+                ):
+                    break
+                opened.close()
+            self._open = opened.pop_all()
         return self
 
     def __exit__(
@@ -98,138 +111,234 @@ class Staging:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is not None and not is_complete(self._destination):
-            self._remove_all_but_finished()
-        if all(path.name == _LOCK for path in self._work.iterdir()):
-            shutil.rmtree(self._work)
-            self._remove_new_folders()
-        self._lock.release()
+        with self._open:
+            if kind is not None and not self._work.is_file(MANIFEST):
+                self._remove_all_but_finished()
+            if self._work.names() == [_LOCK]:
+                self._work.remove(_LOCK)
+                self._destination.remove_folder(WORK)
+                self._remove_new_folders()
+
+    def _open_work(self) -> PinnedFolder:
+        try:
+            return self._destination.open_folder(WORK)
+        except NotADirectoryError:
+            raise self._not_ours(self._path / WORK) from None
+
+    def _not_ours(self, path: Path) -> CheckpointError:
+        return CheckpointError(
+            f"{path}: was not made by nxdi-expertscale; remove {self._path / WORK}, or name "
+            "another folder"
+        )
 
     def _check_plain_files(self) -> None:
         # Nothing is written or removed through a link, in a folder that may be anyone's.
-        linked = self._work if self._work.is_symlink() else None
-        for path in self._work.iterdir():
-            if path.is_symlink() or not path.is_file():
-                linked = linked or path
-        if linked is not None:
-            raise CheckpointError(
-                f"{linked}: was not made by nxdi-expertscale; remove {self._work}, or name another "
-                "folder"
-            )
+        for name in self._work.names():
+            if not self._work.is_file(name):
+                raise self._not_ours(self._path / WORK / name)
+
+    def _lock(self, file: FileIO) -> None:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointInUseError(
+                f"{self._path}: another run is writing to it; wait for its end, or name "
+                "another folder"
+            ) from None
 
     def _remove_all_but_finished(self) -> None:
-        for path in list(self._work.iterdir()):
-            is_finished = path.suffix == _SHARD_SUFFIX and self._record(path.name).is_file()
-            if not (is_finished or path.name.endswith(_RECORD_SUFFIX) or path.name == _LOCK):
-                path.unlink()
+        for name in self._work.names():
+            is_finished = name.endswith(_SHARD_SUFFIX) and self._work.is_file(_record_of(name))
+            if not (is_finished or name.endswith(_RECORD_SUFFIX) or name == _LOCK):
+                self._work.remove(name)
 
     def _remove_new_folders(self) -> None:
         for folder in self._new_folders:
-            if any(folder.iterdir()):
+            if folder.is_symlink() or not folder.is_dir() or any(folder.iterdir()):
                 return
             folder.rmdir()
 
-    def path(self, name: str) -> Path:
-        """Where a file is while it is written."""
-        return self._work / name
+    def create(self, name: str) -> FileIO:
+        """Create a file that is written in many parts."""
+        return self._work.create(name)
 
-    def finished(self, name: str, fingerprint: str) -> ShardRecord | None:
-        """The record of a shard that an earlier run finished, if it is the same shard."""
-        path = self._record(name)
-        if not path.is_file():
+    def file_record(self, name: str) -> FileRecord:
+        """The record of a file as it is on the disk now."""
+        return FileRecord(name, self._work.size(name), self._work.digest(name))
+
+    def finished(self, name: str, recipe: str) -> ShardRecord | None:
+        """The record of a shard that an earlier run finished.
+
+        A shard whose record is damaged or of another recipe, or whose bytes are not those that
+        were recorded, is to be written again.
+
+        Args:
+            name: The shard's file.
+            recipe: What it has to be made from; see :class:`ShardRecord`.
+        """
+        if not self._work.is_file(_record_of(name)):
             return None
-        record = _parse_record(path)
-        shard = self.path(name)
-        same = record.fingerprint == fingerprint and shard.is_file()
-        return record if same and shard.stat().st_size == record.file.size else None
+        content = self._work.read(_record_of(name), limit=MAX_JSON_BYTES)
+        record = _parse_record(content, name)
+        if record is not None and record.recipe == recipe and self._is_whole(record.file):
+            return record
+        self.forget(name)
+        return None
+
+    def _is_whole(self, record: FileRecord) -> bool:
+        name = record.name
+        return (
+            self._work.is_file(name)
+            and self._work.size(name) == record.size
+            and self._work.digest(name) == record.blake3
+        )
 
     def finish(self, record: ShardRecord) -> None:
         """Record that a shard is complete; its bytes have to be on the disk."""
-        self.write(record.file.name + _RECORD_SUFFIX, json.dumps(asdict(record)).encode())
+        self.write(_record_of(record.file.name), json.dumps(asdict(record)).encode())
 
     def forget(self, name: str) -> None:
-        """Remove the record of a shard that is to be written anew."""
-        self._record(name).unlink(missing_ok=True)
+        """Remove the record of a shard that is to be written again."""
+        self._work.remove(_record_of(name))
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file atomically."""
-        path = self.path(name)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_folder(self._work)
+        self._work.write(name, content)
 
-    def publish(self) -> bool:
-        """Move all files to their places, if all are written.
+    def resume_publishing(self) -> bool:
+        """Publish what an earlier run wrote completely.
 
-        It may be cut off anywhere and be called again.
+        Files that are missing or damaged are not published: what is whole goes back to the hidden
+        folder, and the run goes on from there.
 
         Returns:
-            Whether all were written.
+            Whether there was anything to publish, and all of it was whole.
 
         Raises:
             CheckpointError: A folder lies where a file has to be.
         """
-        if not is_complete(self._destination):
+        if not self._work.is_file(MANIFEST):
             return False
-        manifest = read_manifest(self._work)
-        names = [record.name for record in (*manifest.shards, *manifest.files)]
-        old = read_manifest(self._destination) if (self._destination / MANIFEST).is_file() else None
-        replaced = [record.name for record in (*old.shards, *old.files)] if old else []
+        manifest = self._staged_manifest()
+        if manifest is not None and self._find_damaged(manifest) is None:
+            self.publish()
+            return True
+        self._take_back(manifest)
+        self._work.remove(MANIFEST)
+        return False
+
+    def _staged_manifest(self) -> Manifest | None:
+        content = self._work.read(MANIFEST, limit=MAX_JSON_BYTES)
+        try:
+            return parse_manifest(content, self._path / WORK / MANIFEST)
+        except CheckpointError:
+            return None
+
+    def _find_damaged(self, manifest: Manifest) -> str | None:
+        for record in (*manifest.shards, *manifest.files):
+            folder = self._work if self._work.is_file(record.name) else self._destination
+            is_whole = (
+                folder.is_file(record.name)
+                and folder.size(record.name) == record.size
+                and folder.digest(record.name) == record.blake3
+            )
+            if not is_whole:
+                return record.name
+        return None
+
+    def _take_back(self, manifest: Manifest | None) -> None:
+        """Undo a publication that was cut off: its files go back to the hidden folder.
+
+        Files of an older checkpoint, which still has its manifest, stay where they are. Where the
+        manifest that was to be published is damaged, the shards are known by their records.
+        """
+        if self._destination.is_file(MANIFEST):
+            return
+        names = [
+            name.removesuffix(_RECORD_SUFFIX)
+            for name in self._work.names()
+            if name.endswith(_RECORD_SUFFIX)
+        ]
+        if manifest is not None:
+            names += [record.name for record in (*manifest.shards, *manifest.files)]
+        for name in names:
+            if self._destination.is_file(name) and not self._work.is_file(name):
+                self._destination.move(name, self._work)
+
+    def publish(self) -> None:
+        """Move all files to their places. It may be cut off anywhere, and be called again.
+
+        Raises:
+            CheckpointError: A file is missing, or a folder lies where a file has to be.
+        """
+        where = self._path / WORK / MANIFEST
+        manifest = parse_manifest(self._work.read(MANIFEST, limit=MAX_JSON_BYTES), where)
+        records = (*manifest.shards, *manifest.files)
+        names = [record.name for record in records]
+        for record in records:
+            self._check_present(record)
+        replaced = self._names_of_old()
         self._check_no_folder([*names, *replaced, INDEX, MANIFEST])
-        if old is not None:
+        if replaced:
             self._remove_old(name for name in replaced if name not in names)
         for name in [*(name for name in names if name != INDEX), INDEX]:
-            if self.path(name).exists():
-                self.path(name).replace(self._destination / name)
-        sync_folder(self._destination)
-        self.path(MANIFEST).replace(self._destination / MANIFEST)
-        sync_folder(self._destination)
-        for path in list(self._work.iterdir()):
-            if path.name != _LOCK:
-                path.unlink()
-        return True
+            if self._work.is_file(name):
+                self._work.move(name, self._destination)
+        self._destination.sync()
+        self._work.move(MANIFEST, self._destination)
+        self._destination.sync()
+        for name in self._work.names():
+            if name != _LOCK:
+                self._work.remove(name)
+
+    def _check_present(self, record: FileRecord) -> None:
+        for folder in (self._work, self._destination):
+            if folder.is_file(record.name) and folder.size(record.name) == record.size:
+                return
+        raise CheckpointError(
+            f"{self._path / WORK / record.name}: was removed or changed while the checkpoint was "
+            "written; run quantize again"
+        )
+
+    def _names_of_old(self) -> list[str]:
+        """Names of the files of the checkpoint that is replaced; none if there is none."""
+        if not self._destination.is_file(MANIFEST):
+            return []
+        content = self._destination.read(MANIFEST, limit=MAX_JSON_BYTES)
+        old = parse_manifest(content, self._path / MANIFEST)
+        return [record.name for record in (*old.shards, *old.files)]
 
     def _check_no_folder(self, names: Iterable[str]) -> None:
-        for path in (self._destination / name for name in names):
-            if path.is_dir() and not path.is_symlink():
+        for name in names:
+            if self._destination.is_folder(name):
                 raise CheckpointError(
-                    f"{path}: is a folder, and a file of the checkpoint has to be there; remove "
-                    "it and run quantize again"
+                    f"{self._path / name}: is a folder, and a file of the checkpoint has to be "
+                    "there; remove it and run quantize again"
                 )
 
     def _remove_old(self, names: Iterable[str]) -> None:
-        (self._destination / INDEX).unlink(missing_ok=True)
-        sync_folder(self._destination)
+        self._destination.remove(INDEX)
+        self._destination.sync()
         for name in names:
-            (self._destination / name).unlink(missing_ok=True)
-        (self._destination / MANIFEST).unlink()
-        sync_folder(self._destination)
-
-    def _record(self, name: str) -> Path:
-        return self.path(name + _RECORD_SUFFIX)
+            self._destination.remove(name)
+        self._destination.remove(MANIFEST)
+        self._destination.sync()
 
 
-def _parse_record(path: Path) -> ShardRecord:
-    value = read_json(open_folder(path.parent), path.name)
+def _record_of(shard: str) -> str:
+    return shard + _RECORD_SUFFIX
+
+
+def _parse_record(content: bytes, shard: str) -> ShardRecord | None:
+    """The record of a shard; None where it is damaged."""
     try:
-        digests = {
-            name: bytes.fromhex(text).hex() for name, text in value["source_digests"].items()
-        }
-        return ShardRecord(str(value["fingerprint"]), read_file_record(value["file"]), digests)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: is damaged ({one_line(error)}); remove it and run quantize again"
-        ) from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        value = parse_json(content, shard)
+        record = ShardRecord(
+            str(value["recipe"]),
+            read_file_record(value["file"]),
+            {name: bytes.fromhex(text).hex() for name, text in value["source_digests"].items()},
+            {name: str(text) for name, text in value["source_identities"].items()},
+        )
+    except (CheckpointError, KeyError, TypeError, AttributeError, ValueError):
+        return None
+    return record if record.file.name == shard else None

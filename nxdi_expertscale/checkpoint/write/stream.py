@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,18 +22,18 @@ from nxdi_expertscale.checkpoint.read.chunks import Chunk, chunks_of, row_ranges
 from nxdi_expertscale.checkpoint.read.model import Model
 from nxdi_expertscale.checkpoint.read.tensor_reader import TensorReader
 from nxdi_expertscale.checkpoint.read.values import ValueReader, as_bytes
+from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor
 from nxdi_expertscale.checkpoint.write.convert import RowConverter
-from nxdi_expertscale.checkpoint.write.manifest import SourceRecord, file_record
 from nxdi_expertscale.checkpoint.write.plan import PlannedTensor, ShardPlan
-from nxdi_expertscale.checkpoint.write.provenance import digest_tensor
+from nxdi_expertscale.checkpoint.write.provenance import SourceFile, digest_tensor
 from nxdi_expertscale.checkpoint.write.staging import ShardRecord, Staging
 from nxdi_expertscale.version import __version__
 
 
 def write_shards(
     source: Model,
-    state: Mapping[str, SourceRecord],
-    shards: Iterable[ShardPlan],
+    files: Mapping[str, SourceFile],
+    shards: Sequence[ShardPlan],
     staging: Staging,
     *,
     workers: int,
@@ -43,7 +43,7 @@ def write_shards(
 
     Args:
         source: What is read.
-        state: The state of each of its files, by name.
+        files: Its files, by name.
         shards: What is to be written.
         staging: Where.
         workers: Threads.
@@ -56,18 +56,10 @@ def write_shards(
         CheckpointError: The source has NaN, infinity, or scales that are not positive.
         OSError: Reading or writing failed; what is finished stays.
     """
-    records: dict[str, ShardRecord] = {}
-    todo: list[tuple[ShardPlan, str]] = []
-    for shard in shards:
-        fingerprint = _fingerprint(shard, state)
-        record = staging.finished(shard.name, fingerprint)
-        if record is None:
-            todo.append((shard, fingerprint))
-        else:
-            records[shard.name] = record
-            meter.add(shard.source_bytes)
-    resumed = len(records)
     with TensorReader(source.files) as reader, ThreadPoolExecutor(1) as finisher:
+        records = _find_finished(shards, files, reader, staging, workers)
+        resumed = len(records)
+        meter.add(sum(shard.source_bytes for shard in shards if shard.name in records))
         converter = RowConverter(ValueReader(source.files, reader))
         finished: list[Future[ShardRecord]] = []
 
@@ -82,9 +74,10 @@ def write_shards(
                 # Waiting for the disk is left to a thread that does nothing else.
                 finished.append(finisher.submit(item.shard.finish))
 
+        todo = [shard for shard in shards if shard.name not in records]
         opened: list[_OpenShard] = []
         try:
-            for_each(work, _work_items(todo, staging, opened), workers)
+            for_each(work, _work_items(todo, files, staging, opened), workers)
             for future in finished:
                 record = future.result()
                 records[record.file.name] = record
@@ -95,32 +88,65 @@ def write_shards(
     return records, resumed
 
 
-def _fingerprint(shard: ShardPlan, state: Mapping[str, SourceRecord]) -> str:
-    """Digest of all that the bytes of a shard depend on."""
-    recipe: list[object] = [__version__, hashlib.sha256(shard.header).hexdigest()]
-    used: set[str] = set()
+def _find_finished(
+    shards: Iterable[ShardPlan],
+    files: Mapping[str, SourceFile],
+    reader: TensorReader,
+    staging: Staging,
+    workers: int,
+) -> dict[str, ShardRecord]:
+    """The shards that an earlier run has finished, whole, from the same bytes of the source."""
+    records: dict[str, ShardRecord] = {}
+
+    def look(shard: ShardPlan) -> None:
+        record = staging.finished(shard.name, _recipe(shard))
+        if record is None:
+            return
+        if record.source_identities == _identities(shard, files) or all(
+            digest_tensor(reader, tensor) == record.source_digests.get(tensor.name)
+            for tensor in _sources(shard)
+        ):
+            records[shard.name] = record
+        else:
+            staging.forget(shard.name)
+
+    for_each(look, iter(shards), workers)
+    return records
+
+
+def _sources(shard: ShardPlan) -> Iterator[StoredTensor]:
+    """The tensors of the source that a shard is made from, scales among them."""
     for planned in shard.tensors:
-        tensor, scale = planned.weight.tensor, planned.weight.scale
-        recipe.append([tensor.name, tensor.file, tensor.offset, tensor.stride, tensor.dtype])
-        used.add(tensor.file)
+        yield planned.weight.tensor
+        if planned.weight.scale is not None:
+            yield planned.weight.scale.tensor
+
+
+def _identities(shard: ShardPlan, files: Mapping[str, SourceFile]) -> dict[str, str]:
+    """What the file system says of each file of the source that a shard is made from."""
+    return {tensor.file: files[tensor.file].identity for tensor in _sources(shard)}
+
+
+def _recipe(shard: ShardPlan) -> str:
+    """Digest of what is done with which tensors; see :class:`ShardRecord`."""
+    recipe: list[object] = [__version__, hashlib.sha256(shard.header).hexdigest()]
+    for planned in shard.tensors:
+        scale = planned.weight.scale
+        recipe.append([planned.name, planned.treatment.value, planned.weight.tensor.dtype])
         if scale is not None:
-            recipe.append([scale.tensor.file, scale.tensor.offset, scale.rows, scale.columns])
-            used.add(scale.tensor.file)
-    for name in sorted(used):
-        recipe.append([name, state[name].size, state[name].mtime_ns])
+            recipe.append([scale.tensor.name, scale.tensor.dtype, scale.rows, scale.columns])
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
 
 class _OpenShard:
     """A shard that several workers write."""
 
-    def __init__(self, plan: ShardPlan, fingerprint: str, staging: Staging) -> None:
+    def __init__(self, plan: ShardPlan, identities: dict[str, str], staging: Staging) -> None:
         self.plan = plan
         self.digests: dict[str, list[bytes]] = {}
         self.scale_digests: dict[str, str] = {}
-        self._fingerprint = fingerprint
+        self._identities = identities
         self._staging = staging
-        self._path = staging.path(plan.name)
         self._chunks_left = 0
         for planned in plan.tensors:
             count = sum(1 for _ in row_ranges(planned.weight.tensor))
@@ -128,7 +154,7 @@ class _OpenShard:
             self._chunks_left += count
         self._lock = threading.Lock()
         staging.forget(plan.name)
-        self._file = self._path.open("wb", buffering=0)
+        self._file = staging.create(plan.name)
         self.write(memoryview(plan.header), 0)
 
     def write(self, data: memoryview, offset: int) -> None:
@@ -155,12 +181,13 @@ class _OpenShard:
         os.fsync(self._file.fileno())
         self.close()
         record = ShardRecord(
-            fingerprint=self._fingerprint,
-            file=file_record(self._path),
+            recipe=_recipe(self.plan),
+            file=self._staging.file_record(self.plan.name),
             source_digests={
                 name: digests.combine(chunks).hex() for name, chunks in self.digests.items()
             }
             | self.scale_digests,
+            source_identities=self._identities,
         )
         self._staging.finish(record)
         return record
@@ -182,11 +209,14 @@ class _WorkItem:
 
 
 def _work_items(
-    todo: Iterable[tuple[ShardPlan, str]], staging: Staging, opened: list[_OpenShard]
+    todo: Iterable[ShardPlan],
+    files: Mapping[str, SourceFile],
+    staging: Staging,
+    opened: list[_OpenShard],
 ) -> Iterator[_WorkItem]:
     """The chunks of all shards; a shard is opened, and noted, when its first chunk is due."""
-    for plan, fingerprint in todo:
-        shard = _OpenShard(plan, fingerprint, staging)
+    for plan in todo:
+        shard = _OpenShard(plan, _identities(plan, files), staging)
         opened.append(shard)
         for planned in plan.tensors:
             for chunk in chunks_of([planned.weight]):
