@@ -18,7 +18,7 @@ from nxdi_expertscale.families.exclusions import are_experts_excluded
 from nxdi_expertscale.families.limits import Effect, ReachedLimit
 from nxdi_expertscale.families.unsupported import find_unsupported
 from nxdi_expertscale.settings.expert_parallel import find_short_context, find_unrunnable_call
-from nxdi_expertscale.settings.settings import FLAG, PER_CHANNEL, Settings
+from nxdi_expertscale.settings.settings import FLAG, PER_CHANNEL, Settings, Upstream
 
 _logger = logging.getLogger("nxdi_expertscale")
 
@@ -213,38 +213,36 @@ def _short_context(settings: Settings) -> Values | None:
 
 def _other_logical_nc(settings: Settings) -> Values | None:
     # Upstream: neuronx_distributed/modules/moe/expert_mlps_v2.py, forward_blockwise, asserts 2 for
-    # expert-wise scales.
+    # expert-wise scales. Contexts run through the kernel unless it is told otherwise.
     experts, upstream = settings.experts, settings.upstream
-    if experts is None or not _runs_blockwise_kernel(settings):
+    if experts is None or not upstream.reads_moe_settings:
+        return None
+    if not experts.glu_mlp or experts.use_torch_block_wise:
         return None
     cores = {"logical_nc_config": experts.logical_nc_config}
-    if upstream.reads_moe_settings and experts.blockwise_logical_nc_config is not None:
+    if experts.blockwise_logical_nc_config is not None:
         name = "blockwise_matmul_config.logical_nc_config"
         cores = {name: experts.blockwise_logical_nc_config, **cores}
+    return _other_than_two(cores, upstream)
+
+
+def _other_logical_nc_without_settings(settings: Settings) -> Values | None:
+    # Upstream: modules/moe.py hands none of the settings for experts on; the kernel runs unless
+    # tokens may be dropped.
+    experts, upstream = settings.experts, settings.upstream
+    if experts is None or upstream.reads_moe_settings:
+        return None
+    if not experts.glu_mlp or experts.capacity_factor is not None:
+        return None
+    return _other_than_two({"logical_nc_config": experts.logical_nc_config}, upstream)
+
+
+def _other_than_two(cores: Mapping[str, int], upstream: Upstream) -> Values | None:
+    """The first number of cores that is not two; the first one chooses the kernel."""
     if next(iter(cores.values())) not in upstream.kernel_cores:
         return None
-    without_kernel = ', or set blockwise_matmul_config={"use_torch_block_wise": True}'
-    return next(
-        (
-            {
-                "setting": setting,
-                "found": found,
-                "or_without_kernel": without_kernel if upstream.reads_moe_settings else "",
-            }
-            for setting, found in cores.items()
-            if found != 2
-        ),
-        None,
-    )
-
-
-def _runs_blockwise_kernel(settings: Settings) -> bool:
-    experts = settings.experts
-    if experts is None or not experts.glu_mlp:
-        return False
-    if settings.upstream.reads_moe_settings:
-        return not experts.use_torch_block_wise
-    return experts.capacity_factor is None
+    others = ({"setting": name, "found": found} for name, found in cores.items() if found != 2)
+    return next(others, None)
 
 
 def _has_quantized_experts(settings: Settings) -> bool:
@@ -372,7 +370,16 @@ RULES: tuple[Rule, ...] = (
         find=_other_logical_nc,
         problem=f"{FLAG}=True needs {{setting}}=2, not {{found}}: the blockwise kernel knows one "
         "scale per expert on two logical cores only",
-        remedy="set it to 2 (also NEURON_LOGICAL_NC_CONFIG, if it is set){or_without_kernel}",
+        remedy="set it to 2 (also NEURON_LOGICAL_NC_CONFIG, if it is set), or set "
+        'blockwise_matmul_config={{"use_torch_block_wise": True}}',
+    ),
+    Rule(
+        name="logical_nc_without_settings",
+        scope=Scope.EXPERT_WISE,
+        find=_other_logical_nc_without_settings,
+        problem=f"{FLAG}=True needs {{setting}}=2, not {{found}}: the blockwise kernel knows one "
+        "scale per expert on two logical cores only, and this release has no way round it",
+        remedy="set it to 2 (also NEURON_LOGICAL_NC_CONFIG, if it is set)",
     ),
     Rule(
         name="shared_scale_on_ranks",

@@ -138,8 +138,13 @@ APPLIES: dict[str, list[Case]] = {
             {"logical_nc_config": 1, "capacity_factor": 1.0},
             upstream=DEVICE,
         ),
-        # A release without the way round the kernel is not told of it.
-        case("if it is set)", {"logical_nc_config": 1}, upstream=BEFORE_SETTINGS),
+    ],
+    "logical_nc_without_settings": [
+        case(
+            "and this release has no way round it; set it to 2",
+            {"logical_nc_config": 1},
+            upstream=BEFORE_SETTINGS,
+        ),
     ],
     "shared_scale_on_ranks": [
         case("(degree 2): a scale that the experts share", {**OFF, "moe_ep_degree": 2}),
@@ -240,10 +245,17 @@ FINE: dict[str, list[Case]] = {
             {"logical_nc_config": 1, "blockwise_matmul_config": WITHOUT_KERNEL},
             upstream=DEVICE,
         ),
-        case("", {"logical_nc_config": 1, "capacity_factor": 1.0}, upstream=BEFORE_SETTINGS),
+        case("", {"logical_nc_config": 1}, upstream=BEFORE_SETTINGS),
         # On a CPU, and where no kernel is there for one core.
         case("", {"logical_nc_config": 1}),
         case("", {"logical_nc_config": 1}, upstream=Upstream(True, frozenset({2}))),
+    ],
+    "logical_nc_without_settings": [
+        case("", {"logical_nc_config": 1, "capacity_factor": 1.0}, upstream=BEFORE_SETTINGS),
+        case("", {"logical_nc_config": 1, "glu_mlp": False}, upstream=BEFORE_SETTINGS),
+        case("", {"logical_nc_config": 2}, upstream=BEFORE_SETTINGS),
+        case("", {"logical_nc_config": 1}, upstream=Upstream(False, frozenset({2}))),
+        case("", {"logical_nc_config": 1}, upstream=DEVICE),
     ],
     "shared_scale_on_ranks": [
         case("", {"moe_ep_degree": 2}),
