@@ -4,14 +4,19 @@ from __future__ import annotations
 
 
 class ExpertScaleError(Exception):
-    """Base class of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose.
+
+    None is a ``ValueError`` or a ``RuntimeError`` as well: callers catch those to go on in another
+    way. vLLM-Neuron compiles anew after a ``ValueError`` (``_load_weights_common`` of its
+    ``worker/neuronx_distributed_model_loader.py``), and a refusal would be a line in its log.
+    """
 
 
-class ConfigurationError(ExpertScaleError, ValueError):
+class ConfigurationError(ExpertScaleError):
     """A setting, or a combination of settings, that cannot give a right model."""
 
 
-class CheckpointError(ExpertScaleError, ValueError):
+class CheckpointError(ExpertScaleError):
     """A checkpoint, on disk or as a state dict, that is malformed or not supported."""
 
 
@@ -19,7 +24,7 @@ class CheckpointInUseError(CheckpointError):
     """Another process is writing the checkpoint."""
 
 
-class IncompatibleUpstreamError(ExpertScaleError, RuntimeError):
+class IncompatibleUpstreamError(ExpertScaleError):
     """The feature is asked for, and the installed NxDI is not one that can be patched for it."""
 
 

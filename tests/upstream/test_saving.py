@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nxdi_expertscale.errors import ExpertScaleError
 from tests.harness import models
 
 pytestmark = pytest.mark.usefixtures("active")
@@ -90,7 +91,7 @@ def test_folder_of_other_settings_is_refused(nxdi: Any, moe: Path, tmp_path: Pat
     save(nxdi, moe, folder)
     before = state_of(folder)
 
-    with pytest.raises(ValueError, match=r"fp8: made with other settings: .*self_attn"):
+    with pytest.raises(ExpertScaleError, match=r"fp8: made with other settings: .*self_attn"):
         save(nxdi, moe, folder, modules_to_not_convert=["self_attn"])
     assert state_of(folder) == before
 
@@ -102,7 +103,8 @@ def test_folder_of_another_source_is_refused(nxdi: Any, source: Path, tmp_path: 
     weights["lm_head.weight"] = weights["lm_head.weight"] + 1
     save_file(weights, source / "model.safetensors", {"format": "pt"})
 
-    with pytest.raises(ValueError, match=r"fp8: made from another source: model\.safetensors"):
+    message = r"fp8: made from another source: model\.safetensors"
+    with pytest.raises(ExpertScaleError, match=message):
         save(nxdi, source, folder)
 
 
@@ -133,14 +135,14 @@ def test_damaged_folder_is_refused(nxdi: Any, moe: Path, tmp_path: Path) -> None
     save(nxdi, moe, folder)
     next(folder.glob("model-*.safetensors")).unlink()
 
-    with pytest.raises(ValueError, match=r"fp8: files of the checkpoint are missing"):
+    with pytest.raises(ExpertScaleError, match=r"fp8: files of the checkpoint are missing"):
         save(nxdi, moe, folder)
 
 
 def test_folder_that_holds_something_else_is_refused(nxdi: Any, moe: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not ours")
 
-    with pytest.raises(ValueError, match="was not made by nxdi-expertscale"):
+    with pytest.raises(ExpertScaleError, match="was not made by nxdi-expertscale"):
         save(nxdi, moe, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == b"not ours"
 
@@ -153,7 +155,7 @@ def test_malformed_source_is_refused_and_not_left_to_nxdi(
     del weights[missing]
     save_file(weights, source / "model.safetensors", {"format": "pt"})
 
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.3\.up_proj"):
+    with pytest.raises(ExpertScaleError, match=r"layers\.1\.mlp\.experts\.3\.up_proj"):
         save(nxdi, source, tmp_path / "fp8")
 
 
@@ -204,7 +206,7 @@ def test_nxdis_own_step_never_writes_over_a_finished_folder(
     save(nxdi, moe, folder)
     before = state_of(folder)
 
-    with pytest.raises(ValueError, match="'int8'"):
+    with pytest.raises(ExpertScaleError, match="'int8'"):
         save(nxdi, moe, folder, quantization_dtype="int8")
     assert state_of(folder) == before
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from nxdi_expertscale.errors import ConfigurationError
 from tests.harness import models, readme
 from tests.harness.targets import Target, vllm_neuron
 
@@ -95,7 +96,7 @@ def test_what_vllm_neuron_fills_in_is_refused_with_what_to_write(
         "expert_wise_scale": True,
     }
 
-    with pytest.raises(ValueError, match="needs quantization_type='per_channel_symmetric'"):
+    with pytest.raises(ConfigurationError, match="needs quantization_type='per_channel_symmetric'"):
         application.get_neuron_config_cls()(**neuron_config(loader, override))
 
 
