@@ -31,23 +31,23 @@ class LayerScales:
         fused: For each of NxDI's fused weights, ``[E, 1, dim]``, ``torch.float32``: gate then up
             along the last axis for ``gate_up_proj``, unpadded.
         consumed: Names of the tensors that the scales were read from.
-        ends: For each of NxDI's fused weights, what it is made of for the first and for the last
-            expert: by the expert's number, the weights ``[out, in]`` of its projections.
+        compared: For each of NxDI's fused weights, what it is made of for the first and for the
+            last expert: by the expert's number, the weights ``[out, in]`` of its projections.
     """
 
     layer: int
     fused: Mapping[str, torch.Tensor]
     consumed: tuple[str, ...]
-    ends: Mapping[str, Mapping[int, Sequence[torch.Tensor]]]
+    compared: Mapping[str, Mapping[int, Sequence[torch.Tensor]]]
 
-    def describe(self, fused: str, weight: torch.Tensor) -> bool:
+    def matches_layout(self, fused: str, weight: torch.Tensor) -> bool:
         """Whether a fused weight has its channels where the scales have them.
 
         Args:
             fused: A key of :attr:`fused`.
             weight: What NxDI made of the experts' weights, ``[E, in, dim]``, padded or not.
         """
-        return all(_holds(weight[expert], parts) for expert, parts in self.ends[fused].items())
+        return all(_holds(weight[expert], parts) for expert, parts in self.compared[fused].items())
 
 
 def collect(
@@ -75,7 +75,7 @@ def collect(
     _check_weights(state_dict, family, layer, experts, check_range=check_range)
     fused: dict[str, torch.Tensor] = {}
     consumed: list[str] = []
-    ends: dict[str, dict[int, list[torch.Tensor]]] = {}
+    compared: dict[str, dict[int, list[torch.Tensor]]] = {}
     for name, projections in family.fused.items():
         stacked = [_stack(state_dict, family, layer, experts, part) for part in projections]
         fused[name] = scales.fuse(stacked)
@@ -84,11 +84,11 @@ def collect(
             for part in projections
             for expert in range(experts)
         ]
-        ends[name] = {
+        compared[name] = {
             expert: [state_dict[family.expert_key(layer, expert, part)] for part in projections]
             for expert in (0, experts - 1)
         }
-    return LayerScales(layer, fused, tuple(consumed), ends)
+    return LayerScales(layer, fused, tuple(consumed), compared)
 
 
 def _holds(fused: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:

@@ -14,6 +14,7 @@ from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import (
     application_base,
     config,
+    decoder_model_instance,
     inference_demo,
     model_wrapper,
     state_dict,
@@ -33,6 +34,7 @@ def nxdi_patches(families: Sequence[MoEFamily]) -> Iterable[Patch]:
     return [
         *config.patches(families),
         *model_wrapper.patches(families),
+        *decoder_model_instance.patches(families),
         *state_dict.patches(families),
         *application_base.patches(families),
         *inference_demo.patches(),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from nxdi_expertscale.errors import IncompatibleUpstreamError
 from nxdi_expertscale.families.declaration import MoEFamily
@@ -62,3 +63,24 @@ def require_seams(names: Sequence[str], *, load: bool = False) -> None:
             f"{flag.NAME} cannot work with this NxDI: {failure}. Turn {flag.NAME} off, or install "
             "a release that is supported (run 'nxdi-expertscale doctor')"
         )
+
+
+@contextmanager
+def layout_errors(seam: str) -> Iterator[None]:
+    """Raise what ``loading`` finds unknown in upstream's layout as an error of a seam.
+
+    Args:
+        seam: The seam's name.
+
+    Raises:
+        IncompatibleUpstreamError: In place of a ``LayoutError``.
+    """
+    from nxdi_expertscale.loading.request import LayoutError
+
+    try:
+        yield
+    except LayoutError as error:
+        raise IncompatibleUpstreamError(
+            f"the experts' scales cannot be used with this NxDI: seam {seam!r}: {error}. Turn "
+            f"{flag.NAME} off, or install a release that is supported"
+        ) from error

@@ -211,7 +211,7 @@ def test_fused_weight_is_known_padded_or_not(pad: int, fused: str) -> None:
     tensors = layer_of(QWEN3_MOE)
     found = collect(tensors)
 
-    assert found.describe(fused, fused_weights(tensors, pad=pad)[fused])
+    assert found.matches_layout(fused, fused_weights(tensors, pad=pad)[fused])
 
 
 @pytest.mark.parametrize(
@@ -238,14 +238,14 @@ def test_weight_fused_in_another_way_is_told(
 
     changed = change[1](weight.view(torch.uint8)).contiguous().view(weight.dtype)
 
-    assert not found.describe("gate_up_proj", changed)
+    assert not found.matches_layout("gate_up_proj", changed)
 
 
 def test_weight_of_another_dtype_is_told() -> None:
     tensors = layer_of(QWEN3_MOE)
     weight = fused_weights(tensors)["gate_up_proj"]
 
-    assert not collect(tensors).describe("gate_up_proj", weight.to(torch.bfloat16))
+    assert not collect(tensors).matches_layout("gate_up_proj", weight.to(torch.bfloat16))
 
 
 def test_where_some_inputs_are_compared_every_channel_is_and_none_may_be_missing(
@@ -258,6 +258,6 @@ def test_where_some_inputs_are_compared_every_channel_is_and_none_may_be_missing
     swapped = weight.clone()
     swapped[:, :, [0, 1]] = weight[:, :, [1, 0]]
 
-    assert found.describe("gate_up_proj", weight.view(torch.float8_e4m3fn))
+    assert found.matches_layout("gate_up_proj", weight.view(torch.float8_e4m3fn))
     for changed in (weight[:, :-1].contiguous(), swapped):
-        assert not found.describe("gate_up_proj", changed.view(torch.float8_e4m3fn))
+        assert not found.matches_layout("gate_up_proj", changed.view(torch.float8_e4m3fn))

@@ -5,6 +5,7 @@ It is written last, so a folder that has one is finished.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,8 @@ MANIFEST = "nxdi_expertscale.json"
 FORMAT = 1
 
 _Kind = TypeVar("_Kind")
+
+_logger = logging.getLogger("nxdi_expertscale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +188,25 @@ def tensor_names(folder: str | os.PathLike[str]) -> set[str]:
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{Path(folder) / INDEX}: has no weight_map; run quantize again")
     return set(weight_map)
+
+
+def names_within_range(folder: str | os.PathLike[str] | None) -> frozenset[str]:
+    """Names of the tensors of a finished folder, all of which are within Neuron's range of FP8.
+
+    Args:
+        folder: A folder, whoever made it; None where there is none.
+
+    Returns:
+        The names, as the checkpoint has them; none where ``quantize`` did not make the folder, or
+        it was changed since.
+    """
+    if not folder:
+        return frozenset()
+    try:
+        return frozenset(tensor_names(folder)) if is_untouched(folder) else frozenset()
+    except CheckpointError as error:
+        _logger.warning("the range of every weight is checked: %s", error)
+        return frozenset()
 
 
 def normalized(exclusions: Sequence[str]) -> tuple[str, ...]:

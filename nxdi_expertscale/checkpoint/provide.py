@@ -1,0 +1,124 @@
+"""See to it that the folder that NxDI is told to load is the FP8 checkpoint of its source."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from nxdi_expertscale.checkpoint.quantize import quantize_checkpoint
+from nxdi_expertscale.checkpoint.read.files import INDEX, SINGLE_FILE
+from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, is_untouched
+from nxdi_expertscale.checkpoint.write.provenance import mismatch
+from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
+from nxdi_expertscale.families.declaration import MoEFamily
+
+QUANTIZED_DTYPE = "f8e4m3"
+"""NxDI's name, ``quantization_dtype``, for the dtype that ``quantize`` makes."""
+
+POLL_SECONDS = 2.0
+"""How long to wait between looks at a folder that another process is making."""
+
+_logger = logging.getLogger("nxdi_expertscale")
+
+
+def find_obstacle(
+    source: Path, quantization_dtype: str | None, family: MoEFamily | None
+) -> str | None:
+    """Find out why ``quantize`` cannot make the checkpoint that NxDI asks for; None if it can.
+
+    Args:
+        source: What NxDI calls the model's path.
+        quantization_dtype: NxDI's setting.
+        family: The model's family; None where it has no experts, or is not known.
+    """
+    if family is None:
+        return "it is no mixture-of-experts model of a known family"
+    if str(quantization_dtype).lower() != QUANTIZED_DTYPE:
+        return f"quantization_dtype is {str(quantization_dtype)!r}, not {QUANTIZED_DTYPE!r}"
+    if not source.is_dir():
+        return f"{source} is no local folder"
+    if not any((source / name).exists() for name in (SINGLE_FILE, INDEX)):
+        return f"{source} has no safetensors files"
+    return None
+
+
+def prepare_for_upstream(folder: Path, obstacle: str) -> None:
+    """Make a folder ready for NxDI's own quantization step.
+
+    Args:
+        folder: ``quantized_checkpoints_path``; made if it is not there.
+        obstacle: What :func:`find_obstacle` found.
+
+    Raises:
+        CheckpointError: The folder is one of ours, which NxDI would write over.
+    """
+    if (folder / MANIFEST).exists():
+        raise CheckpointError(
+            f"{folder}: was made by nxdi-expertscale quantize from another source, and NxDI would "
+            f"write over it, because {obstacle}; name another quantized_checkpoints_path"
+        )
+    _logger.warning("the checkpoint is quantized by NxDI itself, in memory: %s", obstacle)
+    # NxDI writes safetensors to a folder that exists, and a pickle to any other path.
+    if not folder.exists():
+        folder.mkdir(parents=True)
+
+
+def provide_checkpoint(
+    source: Path,
+    folder: Path,
+    modules_to_not_convert: Sequence[str],
+    *,
+    poll_seconds: float = POLL_SECONDS,
+) -> None:
+    """Use a folder that is the finished FP8 checkpoint of a source, or make it.
+
+    While another process is making it, this one waits.
+
+    Args:
+        source: The original checkpoint, or the finished folder itself.
+        folder: ``quantized_checkpoints_path``.
+        modules_to_not_convert: Modules that stay in full precision.
+        poll_seconds: How long to wait between looks at a folder that is being made.
+
+    Raises:
+        CheckpointError: The folder was made from another source or with other settings, or is
+            damaged, or the source is malformed.
+    """
+    while not is_finished(source, folder, modules_to_not_convert):
+        _logger.info("quantizing %s to %s", source, folder)
+        try:
+            quantize_checkpoint(source, folder, modules_to_not_convert=modules_to_not_convert)
+        except CheckpointInUseError as error:
+            _logger.info("waiting: %s", error)
+            time.sleep(poll_seconds)
+        except CheckpointError:
+            # Another process may have finished it since we looked.
+            if not is_finished(source, folder, modules_to_not_convert):
+                raise
+    _logger.info("using the finished checkpoint %s", folder)
+
+
+def is_finished(source: Path, folder: Path, modules_to_not_convert: Sequence[str]) -> bool:
+    """Whether a folder is a finished checkpoint, which then has to be that of the source.
+
+    Raises:
+        CheckpointError: It was made from another source or with other settings, or was changed.
+    """
+    if not (folder / MANIFEST).is_file():
+        return False
+    # A host that serves may have the finished folder only, for the model and for the checkpoint.
+    same = source.samefile(folder)
+    reason = None if same else mismatch(folder, source, modules_to_not_convert)
+    if reason is not None:
+        raise CheckpointError(
+            f"{folder}: {reason} (the source is now {source}); name another "
+            "quantized_checkpoints_path, or remove the folder to have it made again"
+        )
+    if not is_untouched(folder):
+        raise CheckpointError(
+            f"{folder}: files of the checkpoint are missing or have other sizes; see "
+            f"'nxdi-expertscale verify {folder}', or remove the folder to have it made again"
+        )
+    return True

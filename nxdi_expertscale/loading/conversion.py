@@ -1,0 +1,227 @@
+"""A state dict on its way through NxDI's converter, which knows nothing of scales.
+
+Before it, the experts' scales are taken out (:func:`take_out_scales`); after it, they are put in
+again, fused as the weights are (:func:`put_in_scales`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
+
+import torch
+
+from nxdi_expertscale.errors import CheckpointError, ConfigurationError
+from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.families.exclusions import are_experts_excluded
+from nxdi_expertscale.loading import expert_scales, expert_weights
+from nxdi_expertscale.loading.expert_scales import LayerScales
+from nxdi_expertscale.loading.names import in_state_dict, scale_of
+from nxdi_expertscale.loading.request import LayoutError, LoadRequest
+from nxdi_expertscale.loading.routers import dequantized_routers, replace_routers
+from nxdi_expertscale.numerics import fp8, scales
+
+_logger = logging.getLogger("nxdi_expertscale")
+
+StateDict = MutableMapping[str, torch.Tensor]
+
+
+def take_out_scales(
+    state_dict: StateDict, family: MoEFamily, request: LoadRequest
+) -> list[LayerScales]:
+    """Check and take out the experts' scales, dequantize routers, stack experts where needed.
+
+    Nothing is changed before everything is checked.
+
+    Args:
+        state_dict: A checkpoint's tensors as NxDI's converter takes them; changed in place.
+        family: The names in it.
+        request: What it is loaded for.
+
+    Returns:
+        The scales of each layer that has any.
+
+    Raises:
+        CheckpointError: The state dict is malformed; the message names the tensor.
+        ConfigurationError: It does not fit the config's dtype or exclusions.
+        LayoutError: The config does not say how many experts there are.
+    """
+    num_experts = request.num_experts
+    if num_experts is None:
+        raise LayoutError(f"its config has none of {', '.join(family.num_experts)}")
+    check_range = not is_checked(state_dict, request.checked_tensors)
+    found = [
+        expert_scales.collect(state_dict, family, layer, num_experts, check_range=check_range)
+        for layer in range(request.num_layers)
+    ]
+    layers = [layer for layer in found if layer is not None]
+    check_exclusions(state_dict, layers, family, request.exclusions)
+    check_dtype(state_dict, layers, family, request)
+    routers = dequantized_routers(state_dict, family, request.num_layers, request.torch_dtype)
+    replace_routers(state_dict, routers)
+    for scale in (key for layer in layers for key in layer.consumed):
+        del state_dict[scale]
+    if family.converter_reads_stacked:
+        for number in range(request.num_layers):
+            expert_weights.stack(state_dict, family, number, num_experts)
+    return layers
+
+
+def is_checked(state_dict: Mapping[str, torch.Tensor], checked_tensors: Collection[str]) -> bool:
+    """Whether a state dict is that of a folder whose weights are known to be within range.
+
+    The state dict of a draft is converted with the same settings, and comes from another folder:
+    the names have to be those of the folder.
+
+    Args:
+        state_dict: A checkpoint's tensors as NxDI's converter takes them.
+        checked_tensors: Names of the folder's tensors as the checkpoint has them; may be empty.
+    """
+    return len(checked_tensors) > 0 and all(
+        in_state_dict(name) in state_dict for name in checked_tensors
+    )
+
+
+def check_exclusions(
+    state_dict: Mapping[str, torch.Tensor],
+    layers: Sequence[LayerScales],
+    family: MoEFamily,
+    exclusions: Sequence[str],
+) -> None:
+    """Check that nothing is quantized in a checkpoint that its module keeps in full precision.
+
+    Raises:
+        CheckpointError: NxDI's converter has no place for a quantized tensor's scale.
+        ConfigurationError: ``modules_to_not_convert`` excludes a quantized tensor's module.
+    """
+    for layer in layers:
+        if are_experts_excluded(layer.layer, exclusions, family):
+            raise ConfigurationError(
+                f"{layer.consumed[0]}: layer {layer.layer}'s experts are quantized in the "
+                f"checkpoint, and modules_to_not_convert keeps them in full precision; remove "
+                "the exclusion, or quantize the checkpoint with it"
+            )
+    for key, weight in state_dict.items():
+        path, _, suffix = key.rpartition(".")
+        if suffix != "weight" or not fp8.is_quantized(weight) or family.names.is_router_key(key):
+            continue
+        if any(name in path for name in family.full_precision):
+            raise CheckpointError(
+                f"{key}: it is quantized in the checkpoint, and NxDI's converter has no place for "
+                "its scale; make the checkpoint again with 'nxdi-expertscale quantize'"
+            )
+        if f"{path}.scale" in state_dict and any(name in path for name in exclusions):
+            raise ConfigurationError(
+                f"{key}: it is quantized in the checkpoint, and modules_to_not_convert keeps its "
+                "module in full precision; remove the exclusion, or quantize the checkpoint "
+                "with it"
+            )
+
+
+def check_dtype(
+    state_dict: Mapping[str, torch.Tensor],
+    layers: Sequence[LayerScales],
+    family: MoEFamily,
+    request: LoadRequest,
+) -> None:
+    """Check that the experts have the dtype that the config makes NxDI read them as.
+
+    Raises:
+        ConfigurationError: They have another.
+    """
+    wanted = request.quantized_dtype
+    if not layers or wanted is None:
+        return
+    key = family.expert_key(layers[0].layer, 0, family.gate)
+    found = state_dict[key].dtype
+    if found != wanted:
+        raise ConfigurationError(
+            f"{key}: its dtype is {found}, it has a scale, and quantization_dtype="
+            f"{request.quantization_dtype!r} makes NxDI read it as {wanted}; set "
+            "quantization_dtype='f8e4m3' for an FP8 checkpoint"
+        )
+
+
+def put_in_scales(
+    converted: StateDict,
+    layers: Sequence[LayerScales],
+    family: MoEFamily,
+    request: LoadRequest,
+) -> None:
+    """Put the scales beside the fused weights: one for each expert, or their average.
+
+    Args:
+        converted: What NxDI's converter made; changed in place. A fused weight is
+            ``[E, in, dim]``, its scale becomes ``[E, 1, dim]`` or ``[1, 1, dim]``.
+        layers: What :func:`take_out_scales` gave.
+        family: The names in it.
+        request: What it is loaded for.
+
+    Raises:
+        LayoutError: NxDI did not fuse the weights as it is known to.
+    """
+    if layers and not request.expert_wise:
+        _warn_of_averaging(layers)
+    for layer in layers:
+        for fused, scale in layer.fused.items():
+            key = family.fused_key(layer.layer, fused, "scale")
+            _check_fused_weight(converted, layer, fused, family)
+            layout = scale if request.expert_wise else scales.average(scale)
+            width = converted[family.fused_key(layer.layer, fused)].shape[2]
+            try:
+                padded = scales.pad(layout, width, len(family.fused[fused]))
+            except ValueError as error:
+                raise LayoutError(f"{key}: {error}") from error
+            converted[key] = padded
+            if request.hybrid_sharding:
+                converted[_key_for_token_generation(key)] = padded.clone()
+    if layers or request.flag:
+        check_scales_are_there(converted)
+
+
+def check_scales_are_there(converted: Mapping[str, torch.Tensor]) -> None:
+    """Check that no quantized weight has lost its scale, without which it means nothing.
+
+    Raises:
+        LayoutError: One has none.
+    """
+    for key, weight in converted.items():
+        if key.endswith(".weight") and fp8.is_quantized(weight) and scale_of(key) not in converted:
+            raise LayoutError(f"{key} is {weight.dtype} and has no scale")
+
+
+def _check_fused_weight(
+    converted: Mapping[str, torch.Tensor], layer: LayerScales, fused: str, family: MoEFamily
+) -> None:
+    key = family.fused_key(layer.layer, fused, "scale")
+    num_experts = layer.fused[fused].shape[0]
+    weight = converted.get(family.fused_key(layer.layer, fused))
+    if weight is None or weight.dim() != 3 or weight.shape[0] != num_experts:
+        shape = None if weight is None else list(weight.shape)
+        raise LayoutError(
+            f"{key} belongs to a fused weight of shape {shape}, where [{num_experts}, in, out] "
+            "was expected"
+        )
+    if not layer.matches_layout(fused, weight):
+        raise LayoutError(f"{key} belongs to a weight that is not fused as it is known to be")
+    if key in converted:
+        raise LayoutError(f"NxDI makes {key} itself")
+
+
+def _key_for_token_generation(key: str) -> str:
+    # Hybrid sharding has a second set of a layer's experts, cut otherwise, for token generation.
+    # NxD's preshard hook (modules/moe/expert_mlps_v2.py) copies the weights for it, not the scales.
+    return key.replace(".mlp_op.", ".mlp_op_tkg.")
+
+
+def _warn_of_averaging(layers: Sequence[LayerScales]) -> None:
+    spreads = [scales.spread(scale) for layer in layers for scale in layer.fused.values()]
+    largest = max(spread.largest for spread in spreads)
+    median = sorted(spread.median for spread in spreads)[len(spreads) // 2]
+    _logger.warning(
+        "the experts' scales are averaged, because expert_wise_scale is off: they lie a factor of "
+        "%.1f apart (median over channels; %.1f at most), and the model may answer nonsense. Set "
+        "expert_wise_scale=True",
+        median,
+        largest,
+    )

@@ -1,0 +1,236 @@
+"""The two passes in which NxD's ``convert`` quantizes a model's modules.
+
+NxDI has one pass, with one type for all layers. Here the experts get a pass of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nxdi_expertscale.errors import ConfigurationError
+from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.families.exclusions import are_experts_excluded
+from nxdi_expertscale.loading.request import LayoutError
+
+PER_CHANNEL = "per_channel_symmetric"
+"""NxD's name for one scale for each output channel, which all experts share."""
+
+EXPERT_WISE = "expert_wise_per_channel_symmetric"
+"""NxD's name for one scale for each output channel of each expert."""
+
+_CARRIED_OVER = ("quantized_dtype", "activation_quantization_type", "clamp_bound")
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """One of a model's fused expert layers.
+
+    Attributes:
+        paths: Every dotted path at which it stands. NxD's fused token generation
+            (``modules/moe/moe_fused_tkg.py``) holds the experts of a layer a second time, and NxD's
+            ``convert`` walks along both paths.
+        quantization_type: NxD's name of the type that it is quantized in; empty where it is not.
+        weight_shape: Of its weight, ``[E, in, out]``.
+        scale_shape: Of its scale; empty where it has none.
+    """
+
+    paths: tuple[str, ...]
+    quantization_type: str
+    weight_shape: tuple[int, ...]
+    scale_shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The first of its paths."""
+        return self.paths[0]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether NxD has converted it."""
+        return self.quantization_type != ""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What each pass is given.
+
+    Attributes:
+        skipped: Names for ``modules_to_not_convert`` of NxDI's own pass.
+        expert_wise: Names for ``include`` of a pass for the experts; none where there is no such
+            pass.
+    """
+
+    skipped: tuple[str, ...]
+    expert_wise: tuple[str, ...] = ()
+
+
+def find_expert_layers(model: torch.nn.Module) -> tuple[ExpertLayer, ...]:
+    """Find a model's fused expert layers, quantized or not, in the order of its modules."""
+    paths: dict[int, list[str]] = {}
+    found: dict[int, torch.nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        # By the name of its class, wherever this release of NxD keeps it.
+        if any(parent.__name__ == "ExpertFusedLinear" for parent in type(module).__mro__):
+            found[id(module)] = module
+            paths.setdefault(id(module), []).append(path)
+    return tuple(
+        ExpertLayer(
+            paths=tuple(paths[key]),
+            quantization_type=_quantization_type(module),
+            weight_shape=_shape(module, "weight"),
+            scale_shape=_shape(module, "scale"),
+        )
+        for key, module in found.items()
+    )
+
+
+def plan_passes(
+    layers: Sequence[ExpertLayer],
+    modules_to_not_convert: Sequence[str],
+    family: MoEFamily,
+    *,
+    expert_wise: bool,
+) -> Passes:
+    """Decide which modules each pass skips or takes.
+
+    Args:
+        layers: The model's expert layers; those that are quantized already are left alone.
+        modules_to_not_convert: What NxDI gives ``convert``.
+        family: The model's family, whose names the layers have.
+        expert_wise: Whether the experts get a pass of their own.
+
+    Raises:
+        ConfigurationError: NxD could not load the experts that it would make.
+    """
+    layers = [layer for layer in layers if not layer.is_quantized]
+    kept = [layer for layer in layers if is_excluded(layer, modules_to_not_convert, family)]
+    skipped = (*modules_to_not_convert, *_paths(kept), *family.full_precision)
+    if not expert_wise:
+        return Passes(skipped)
+    _check_second_experts(layers)
+    converted = _paths([layer for layer in layers if layer not in kept])
+    return Passes((*skipped, *converted), converted)
+
+
+def is_excluded(
+    layer: ExpertLayer, modules_to_not_convert: Sequence[str], family: MoEFamily
+) -> bool:
+    """Whether exclusions name an expert layer, as checkpoints do or as NxDI's modules do."""
+    number = family.names.layer_of_module(layer.name)
+    return number is not None and are_experts_excluded(number, modules_to_not_convert, family)
+
+
+def first_unknown(layers: Sequence[ExpertLayer], family: MoEFamily) -> ExpertLayer | None:
+    """The first expert layer whose name is not one of the family's; None if all are."""
+    names = family.names
+    return next((layer for layer in layers if names.layer_of_module(layer.name) is None), None)
+
+
+def check_names(layers: Sequence[ExpertLayer], family: MoEFamily) -> None:
+    """Check that all expert layers have names of the family.
+
+    Raises:
+        LayoutError: One has not.
+    """
+    unknown = first_unknown(layers, family)
+    if unknown is not None:
+        raise LayoutError(f"{unknown.name} is not one of {family.expert_mlps}")
+
+
+def check_family(family: MoEFamily | None, model_config: object) -> MoEFamily:
+    """Check that the family of a model with experts is known; gives it back.
+
+    Raises:
+        ConfigurationError: No plugin declares it.
+    """
+    if family is None:
+        model_type = getattr(model_config, "model_type", type(model_config).__name__)
+        raise ConfigurationError(
+            f"expert_wise_scale=True is not supported for this model ({model_type!r}): no plugin "
+            "declares its family; turn the flag off, or add a plugin for it"
+        )
+    return family
+
+
+def expert_wise_q_config(
+    q_config: Mapping[str, object], expert_wise_defaults: Mapping[str, object]
+) -> dict[str, object]:
+    """Make NxD's settings for the experts from those for everything else.
+
+    Args:
+        q_config: The settings for everything else.
+        expert_wise_defaults: NxD's own expert-wise settings.
+
+    Returns:
+        The latter, with the dtype and the bounds of the former.
+
+    Raises:
+        ConfigurationError: The settings for everything else are not per-channel.
+    """
+    found = _value_of(q_config.get("quantization_type"))
+    if found != PER_CHANNEL:
+        raise ConfigurationError(
+            f"expert_wise_scale=True needs quantization_type={PER_CHANNEL!r}, not {found!r}"
+        )
+    carried = {name: q_config[name] for name in _CARRIED_OVER if name in q_config}
+    return {**expert_wise_defaults, **carried}
+
+
+def check_quantized_dtype(
+    wanted: torch.dtype | None, q_config: Mapping[str, object], quantization_dtype: object
+) -> None:
+    """Check that NxDI makes layers of the dtype that the config names.
+
+    Up to 0.6 its ``load_module`` knows ``f8e4m3`` alone, and takes int8 for every other name.
+
+    Args:
+        wanted: The dtype that ``quantization_dtype`` stands for; None where it names none.
+        q_config: NxDI's settings for the modules.
+        quantization_dtype: The setting's value, for the message.
+
+    Raises:
+        ConfigurationError: It does not: the weights would be cast without their scales.
+    """
+    found = _value_of(q_config["quantized_dtype"])
+    if wanted is not None and wanted != found:
+        raise ConfigurationError(
+            f"quantization_dtype={quantization_dtype!r}: this release of NxDI makes {found} "
+            "layers of it; use quantization_dtype='f8e4m3' or 'int8'"
+        )
+
+
+def _check_second_experts(layers: Sequence[ExpertLayer]) -> None:
+    """Check that hybrid sharding and fused token generation do not meet.
+
+    NxD's fused token generation has the experts at a second path, at which nothing is to be loaded.
+    It says so to ``mlp_op`` (``modules/moe/moe_fused_tkg.py``, the hook after quantization), and
+    not to hybrid sharding's ``mlp_op_tkg``, which it does not compute with either.
+    """
+    for layer in layers:
+        if ".mlp_op_tkg." in layer.name and len(layer.paths) > 1:
+            raise ConfigurationError(
+                "hybrid_sharding_config: NxD cannot load quantized experts both for hybrid "
+                f"sharding and for fused token generation, and this model has {layer.name} for "
+                "both; remove hybrid_sharding_config, or moe_fused_nki_kernel_enabled where it "
+                "is set"
+            )
+
+
+def _paths(layers: Sequence[ExpertLayer]) -> tuple[str, ...]:
+    return tuple(path for layer in layers for path in layer.paths)
+
+
+def _quantization_type(module: torch.nn.Module) -> str:
+    return str(_value_of(getattr(module, "quantization_type", "")))
+
+
+def _shape(module: torch.nn.Module, name: str) -> tuple[int, ...]:
+    return tuple(getattr(getattr(module, name, None), "shape", ()))
+
+
+def _value_of(setting: object) -> object:
+    """A setting that upstream may hold as a member of an enumeration."""
+    return getattr(setting, "value", setting)

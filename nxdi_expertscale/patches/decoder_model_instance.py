@@ -1,0 +1,59 @@
+"""NxDI's ``DecoderModelInstance``: a look at each model that it has built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.hooking.engine import engine
+from nxdi_expertscale.hooking.patch import Patch
+from nxdi_expertscale.patches import config, model_wrapper, seams
+from nxdi_expertscale.settings import flag
+
+
+def patches(families: Sequence[MoEFamily]) -> list[Patch]:
+    """The checks around ``load_module``."""
+    return [
+        Patch(
+            seam=seams.LOAD_MODULE,
+            module=model_wrapper.MODULE,
+            attribute="DecoderModelInstance.load_module",
+            wrapper=_loading(families),
+            is_native=model_wrapper.is_native,
+        )
+    ]
+
+
+def _loading(families: Sequence[MoEFamily]) -> Callable[..., Any]:
+    def load_module(
+        wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        # Once more: a config may have been changed since it was made.
+        config.check(instance.config, families)
+        result = wrapped(*args, **kwargs)
+        loaded = getattr(instance, "module", None)
+        # The model that was loaded, or the draft and the target of fused speculation.
+        pair = [getattr(loaded, name, None) for name in ("draft_model", "target_model")]
+        for model in [model for model in pair if model is not None] or [loaded]:
+            _check_loaded(model, families)
+        return result
+
+    return load_module
+
+
+def _check_loaded(model: Any, families: Sequence[MoEFamily]) -> None:
+    from nxdi_expertscale.loading import loaded_experts
+    from nxdi_expertscale.loading.passes import find_expert_layers
+
+    model_config = getattr(model, "config", None)
+    neuron_config = getattr(model_config, "neuron_config", None)
+    family = flag.family_of_model(model_config, families)
+    if not flag.is_quantized(neuron_config) or family is None:
+        return
+    excluded = flag.exclusions(neuron_config)
+    if flag.is_on(neuron_config):
+        with seams.layout_errors(seams.QUANTIZATION):
+            loaded_experts.check_expert_wise(find_expert_layers(model), excluded, family)
+    elif engine.find_failed_seam(seams.needed_by_model(family)) is None:
+        loaded_experts.check_exclusions(find_expert_layers(model), excluded, family)

@@ -1,0 +1,270 @@
+"""A state dict before and after NxDI's converter: scales out, scales in, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from nxdi_expertscale import CheckpointError, ConfigurationError
+from nxdi_expertscale.families.built_in import LLAMA4, QWEN3_MOE
+from nxdi_expertscale.loading import conversion
+from nxdi_expertscale.loading.request import LayoutError, LoadRequest
+from nxdi_expertscale.numerics import fp8
+from tests.unit.test_expert_scales import EXPERTS, HIDDEN, INTERMEDIATE, fused_weights, layer_of
+
+REQUEST = LoadRequest(
+    num_layers=1,
+    num_experts=EXPERTS,
+    flag=True,
+    expert_wise=True,
+    quantized_dtype=torch.float8_e4m3fn,
+)
+ROUTER = "layers.0.mlp.gate"
+LM_HEAD = "lm_head"
+GATE_UP, DOWN = (
+    f"layers.0.mlp.expert_mlps.mlp_op.{name}" for name in ("gate_up_proj", "down_proj")
+)
+StateDict = dict[str, torch.Tensor]
+
+
+def quantized(name: str, out: int, inputs: int = HIDDEN) -> StateDict:
+    values = torch.randn(out, inputs, generator=torch.Generator().manual_seed(3))
+    weight, scale = fp8.quantize_per_channel(values)
+    return {f"{name}.weight": weight, f"{name}.scale": scale}
+
+
+def checkpoint() -> StateDict:
+    return {
+        **layer_of(QWEN3_MOE),
+        f"{ROUTER}.weight": torch.randn(EXPERTS, HIDDEN),
+        **quantized(LM_HEAD, 5),
+    }
+
+
+def converted_by_nxdi(state_dict: StateDict, **settings: int) -> StateDict:
+    """What NxDI's converter makes of a state dict without the experts' scales."""
+    found = fused_weights(state_dict, **settings)
+    kept = {key: tensor for key, tensor in state_dict.items() if ".experts." not in key}
+    return {
+        **kept,
+        f"{GATE_UP}.weight": found["gate_up_proj"],
+        f"{DOWN}.weight": found["down_proj"],
+    }
+
+
+def flipped(weight: torch.Tensor) -> torch.Tensor:
+    """The channels of a weight in another order."""
+    return weight.view(torch.uint8).flip(2).view(weight.dtype)
+
+
+def convert(request: LoadRequest = REQUEST, **settings: int) -> tuple[StateDict, StateDict]:
+    """A checkpoint, and what comes of it."""
+    state_dict = checkpoint()
+    before = dict(state_dict)
+    layers = conversion.take_out_scales(state_dict, QWEN3_MOE, request)
+    converted = converted_by_nxdi(state_dict, **settings)
+    conversion.put_in_scales(converted, layers, QWEN3_MOE, request)
+    return before, converted
+
+
+def test_each_expert_keeps_its_scale() -> None:
+    before, converted = convert()
+
+    for expert in range(EXPERTS):
+        gate, up, down = (
+            before[QWEN3_MOE.expert_key(0, expert, name, "scale")].flatten()
+            for name in QWEN3_MOE.projections
+        )
+        assert torch.equal(converted[f"{GATE_UP}.scale"][expert, 0], torch.cat([gate, up]))
+        assert torch.equal(converted[f"{DOWN}.scale"][expert, 0], down)
+    assert not any(".experts." in key for key in converted)
+    assert converted[f"{LM_HEAD}.scale"] is before[f"{LM_HEAD}.scale"]
+
+
+def test_without_the_flag_the_scales_are_averaged_and_a_warning_says_how_far_they_lie_apart(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before, converted = convert(replace(REQUEST, flag=False, expert_wise=False))
+
+    down = torch.stack(
+        [before[QWEN3_MOE.expert_key(0, e, "down_proj", "scale")] for e in range(EXPERTS)]
+    )
+    assert converted[f"{DOWN}.scale"].shape == (1, 1, HIDDEN)
+    assert torch.allclose(converted[f"{DOWN}.scale"].flatten(), down.mean(dim=0).flatten())
+    [warning] = caplog.messages
+    assert "expert_wise_scale is off" in warning
+    assert warning.endswith("Set expert_wise_scale=True")
+
+
+def test_padding_of_the_weight_is_padding_of_the_scale() -> None:
+    _, converted = convert(pad=2)
+
+    scale = converted[f"{GATE_UP}.scale"]
+    assert scale.shape == (EXPERTS, 1, 2 * (INTERMEDIATE + 2))
+    assert not scale[:, :, INTERMEDIATE : INTERMEDIATE + 2].any()
+
+
+def test_hybrid_shardings_second_experts_get_scales_of_their_own() -> None:
+    _, converted = convert(replace(REQUEST, hybrid_sharding=True))
+
+    for name in (GATE_UP, DOWN):
+        second = converted[f"{name.replace('mlp_op', 'mlp_op_tkg')}.scale"]
+        assert torch.equal(second, converted[f"{name}.scale"])
+        assert second.data_ptr() != converted[f"{name}.scale"].data_ptr()
+
+
+def test_quantized_router_becomes_numbers_in_the_models_dtype(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    state_dict = {**checkpoint(), **quantized(ROUTER, EXPERTS)}
+    values = fp8.dequantize(state_dict[f"{ROUTER}.weight"], state_dict[f"{ROUTER}.scale"])
+
+    request = replace(REQUEST, torch_dtype=torch.bfloat16)
+    conversion.take_out_scales(state_dict, QWEN3_MOE, request)
+
+    assert f"{ROUTER}.scale" not in state_dict
+    assert torch.equal(state_dict[f"{ROUTER}.weight"], values.to(torch.bfloat16))
+    assert caplog.messages[0].startswith("1 routers are quantized")
+
+
+def test_stacked_experts_are_made_where_the_converter_takes_them_so() -> None:
+    state_dict = layer_of(LLAMA4)
+
+    [layer] = conversion.take_out_scales(state_dict, LLAMA4, REQUEST)
+
+    assert set(state_dict) == {LLAMA4.stacked_key(0, fused) for fused in layer.fused}
+
+
+def change(name: str, value: Any) -> Callable[[StateDict], Any]:
+    return lambda state_dict: state_dict.update({name: value})
+
+
+REFUSED: dict[str, tuple[Callable[[StateDict], Any], dict[str, Any], type[Exception], str]] = {
+    "experts that are excluded": (
+        lambda state_dict: None,
+        {"exclusions": ("layers.0.mlp.experts",)},
+        ConfigurationError,
+        "layers.0.mlp.experts.0.gate_proj.scale: layer 0's experts are quantized",
+    ),
+    "a linear layer that is excluded": (
+        lambda state_dict: None,
+        {"exclusions": ("lm_head",)},
+        ConfigurationError,
+        "lm_head.weight: it is quantized in the checkpoint, and modules_to_not_convert",
+    ),
+    "another dtype": (
+        lambda state_dict: None,
+        {"quantized_dtype": torch.int8, "quantization_dtype": "int8"},
+        ConfigurationError,
+        "its dtype is torch.float8_e4m3fn, it has a scale, and quantization_dtype='int8'",
+    ),
+    "a router without a scale": (
+        change(f"{ROUTER}.weight", torch.zeros(EXPERTS, HIDDEN).to(torch.float8_e4m3fn)),
+        {},
+        CheckpointError,
+        f"{ROUTER}.scale: missing",
+    ),
+    "a router's scale of another shape": (
+        lambda state_dict: state_dict.update(
+            {**quantized(ROUTER, EXPERTS), f"{ROUTER}.scale": torch.ones(EXPERTS + 1, 1)}
+        ),
+        {},
+        CheckpointError,
+        f"{ROUTER}.scale: a scale of shape [4, 1]",
+    ),
+    "a router's scale of zero": (
+        lambda state_dict: state_dict.update(
+            {**quantized(ROUTER, EXPERTS), f"{ROUTER}.scale": torch.zeros(EXPERTS, 1)}
+        ),
+        {},
+        CheckpointError,
+        f"{ROUTER}.scale: a scale must be finite and positive",
+    ),
+    "a config without a number of experts": (
+        lambda state_dict: None,
+        {"num_experts": None},
+        LayoutError,
+        "its config has none of num_experts, num_local_experts",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_before_anything_is_changed(name: str) -> None:
+    spoil, settings, error, says = REFUSED[name]
+    state_dict = checkpoint()
+    spoil(state_dict)
+    before = dict(state_dict)
+
+    with pytest.raises(error) as refused:
+        conversion.take_out_scales(state_dict, QWEN3_MOE, replace(REQUEST, **settings))
+
+    assert says in str(refused.value)
+    assert state_dict.keys() == before.keys()
+    assert all(state_dict[key] is before[key] for key in before)
+
+
+def test_what_the_family_cannot_load_quantized_is_refused() -> None:
+    state_dict = {**layer_of(LLAMA4), **quantized("language_model.lm_head", 5)}
+
+    with pytest.raises(CheckpointError, match=r"lm_head.weight: .* no place for its scale"):
+        conversion.take_out_scales(state_dict, LLAMA4, REQUEST)
+
+
+FUSED_OTHERWISE: dict[str, tuple[Callable[[StateDict], Any], str]] = {
+    "missing": (lambda made: made.pop(f"{DOWN}.weight"), "a fused weight of shape None"),
+    "of fewer experts": (
+        lambda made: made.update({f"{DOWN}.weight": made[f"{DOWN}.weight"][1:]}),
+        r"of shape \[2, 4, 6\], where \[3, in, out\] was expected",
+    ),
+    "fused otherwise": (
+        lambda made: made.update({f"{GATE_UP}.weight": flipped(made[f"{GATE_UP}.weight"])}),
+        "a weight that is not fused as it is known to be",
+    ),
+    "with a scale already": (
+        lambda made: made.update({f"{DOWN}.scale": torch.ones(1)}),
+        f"NxDI makes {DOWN}.scale itself",
+    ),
+    "another without its scale": (
+        lambda made: made.pop(f"{LM_HEAD}.scale"),
+        f"{LM_HEAD}.weight is torch.float8_e4m3fn and has no scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUSED_OTHERWISE)
+def test_a_converter_that_fuses_otherwise_is_told(name: str) -> None:
+    spoil, says = FUSED_OTHERWISE[name]
+    state_dict = checkpoint()
+    layers = conversion.take_out_scales(state_dict, QWEN3_MOE, REQUEST)
+    converted = converted_by_nxdi(state_dict)
+    spoil(converted)
+
+    with pytest.raises(LayoutError, match=says):
+        conversion.put_in_scales(converted, layers, QWEN3_MOE, REQUEST)
+
+
+def in_checkpoint(name: str) -> str:
+    is_scale = name.endswith(".scale")
+    return f"model.{name.removesuffix('scale')}{'weight_scale' if is_scale else ''}"
+
+
+def test_range_is_looked_at_unless_the_tensors_are_those_of_a_folder_that_is_known() -> None:
+    state_dict = checkpoint()
+    key = QWEN3_MOE.expert_key(0, 1, "up_proj")
+    state_dict[key] = torch.full_like(state_dict[key].float(), 448).to(torch.float8_e4m3fn)
+    names = frozenset(
+        in_checkpoint(name) for name in state_dict if not name.startswith((LM_HEAD, ROUTER))
+    )
+    of_another = names | {"model.layers.1.mlp.gate.weight"}
+
+    for checked in (frozenset[str](), of_another):
+        request = replace(REQUEST, checked_tensors=checked)
+        with pytest.raises(CheckpointError, match=f"{key}: holds FP8 values beyond ±240"):
+            conversion.take_out_scales(dict(state_dict), QWEN3_MOE, request)
+    request = replace(REQUEST, checked_tensors=names)
+    assert conversion.take_out_scales(state_dict, QWEN3_MOE, request)
