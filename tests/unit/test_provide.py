@@ -13,7 +13,7 @@ from nxdi_expertscale.checkpoint import provide
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, names_within_range, tensor_names
 from nxdi_expertscale.checkpoint.write.staging import Staging
 from nxdi_expertscale.families.built_in import QWEN3_MOE
-from tests import checkpoints
+from tests.harness import checkpoints
 
 
 @pytest.fixture
