@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from nxdi_expertscale.checkpoint.origin import mismatch
 from nxdi_expertscale.checkpoint.quantize import quantize_checkpoint
 from nxdi_expertscale.checkpoint.read.files import INDEX, SINGLE_FILE
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, is_untouched
-from nxdi_expertscale.checkpoint.write.provenance import mismatch
 from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
 from nxdi_expertscale.families.declaration import MoEFamily
 
