@@ -108,6 +108,11 @@ def is_finished(source: Path, folder: Path, modules_to_not_convert: Sequence[str
     """
     if not (folder / MANIFEST).is_file():
         return False
+    if not is_untouched(folder):
+        raise CheckpointError(
+            f"{folder}: files of the checkpoint are missing or have other sizes; see "
+            f"'nxdi-expertscale verify {folder}', or remove the folder to have it made again"
+        )
     # A host that serves may have the finished folder only, for the model and for the checkpoint.
     same = source.samefile(folder)
     reason = None if same else mismatch(folder, source, modules_to_not_convert)
@@ -115,10 +120,5 @@ def is_finished(source: Path, folder: Path, modules_to_not_convert: Sequence[str
         raise CheckpointError(
             f"{folder}: {reason} (the source is now {source}); name another "
             "quantized_checkpoints_path, or remove the folder to have it made again"
-        )
-    if not is_untouched(folder):
-        raise CheckpointError(
-            f"{folder}: files of the checkpoint are missing or have other sizes; see "
-            f"'nxdi-expertscale verify {folder}', or remove the folder to have it made again"
         )
     return True
