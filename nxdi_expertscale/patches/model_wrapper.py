@@ -80,7 +80,9 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
             return wrapped(*args, **kwargs)
         neuron_config, q_config = model.config.neuron_config, call.arguments["q_config"]
         passes.check_quantized_dtype(
-            installed_release.quantized_dtype(neuron_config), q_config, neuron_config.quantization_dtype
+            installed_release.quantized_dtype(neuron_config),
+            q_config,
+            neuron_config.quantization_dtype,
         )
         plan = passes.plan_passes(
             layers,
