@@ -20,6 +20,9 @@ import pytest
 TARGET_VARIABLE = "NXDI_EXPERTSCALE_TARGET"
 REPORTS_VARIABLE = "NXDI_EXPERTSCALE_REPORTS"
 
+_NODEID = pytest.StashKey[str]()
+"""A test's node id, without the group that pytest-xdist appends to it."""
+
 
 class ReportWriter:
     """The worker's side: a plugin that hands every report on."""
@@ -65,7 +68,8 @@ class Worker:
     def reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
         """Wait for the reports of a test, up to that of its teardown."""
         while True:
-            for report in self._waiting.pop(item.nodeid, ()):
+            for report in self._waiting.pop(item.stash[_NODEID], ()):
+                report.nodeid = item.nodeid
                 yield report
                 if report.when == "teardown":
                     return
@@ -110,13 +114,20 @@ class Dispatcher:
         self._workers: dict[str, Worker] = {}
 
     @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            item.stash[_NODEID] = item.nodeid
+
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: object) -> bool | None:
         target = _target_of(item)
         if target is None or target == self._here:
             return None
         worker = self._workers.get(target)
         if worker is None:
-            tests = [other.nodeid for other in item.session.items if _target_of(other) == target]
+            tests = [
+                other.stash[_NODEID] for other in item.session.items if _target_of(other) == target
+            ]
             worker = self._workers[target] = Worker(item.config, target, tests)
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         for report in worker.reports(item):
