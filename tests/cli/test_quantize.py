@@ -1,11 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -81,63 +81,74 @@ def test_a_folder_that_is_not_ours_is_refused(src: Path, command: str) -> None:
     assert_refused(run(command, src), f"{src}: was not made by nxdi-expertscale quantize")
 
 
-def test_an_interrupt_ends_it_cleanly_and_the_next_run_goes_on(tmp_path: Path, big: Path) -> None:
+PAUSED = """
+import os, signal, sys
+from nxdi_expertscale.cli import main
+
+write = os.pwrite
+
+def write_when_told(*arguments):
+    print("writing", flush=True)
+    sys.stdin.readline()
+    return write(*arguments)
+
+def interrupt(number, frame):
+    print("interrupted", flush=True)
+    signal.default_int_handler(number, frame)
+
+os.pwrite = write_when_told
+signal.signal(signal.SIGINT, interrupt)
+main(sys.argv[1:])
+"""
+"""The command, which says "writing" before each of its writes, and waits for a line or the end."""
+
+
+def start_paused(*arguments: object) -> subprocess.Popen[str]:
+    """Start the command, and wait until it is about to write."""
     process = subprocess.Popen(
-        [*COMMAND, "quantize", big, tmp_path / "dst", "--workers", "1"],
+        [sys.executable, "-c", PAUSED, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        bufsize=1,
     )
-    wait_for(tmp_path / "dst", process)
-    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    return process
 
-    _, stderr = process.communicate(timeout=60)
+
+def test_an_interrupt_ends_it_cleanly_and_the_next_run_goes_on(src: Path, tmp_path: Path) -> None:
+    process = start_paused("quantize", src, tmp_path / "dst", "--workers", 1)
+    assert process.stdin is not None and process.stdout is not None
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "interrupted\n"
+    # The write that it is at, and one after the other until the worker has seen the interrupt.
+    said = "writing\n"
+    while said == "writing\n":
+        process.stdin.write("\n")
+        said = process.stdout.readline()
+    _, stderr = process.communicate()
 
     assert process.returncode == 130
     assert stderr.strip() == "nxdi-expertscale: interrupted"
-    assert run("quantize", big, tmp_path / "dst").returncode == 0
-    assert run("verify", tmp_path / "dst", "--against", big).returncode == 0
+    assert run("quantize", src, tmp_path / "dst").returncode == 0
+    assert run("verify", tmp_path / "dst", "--against", src).returncode == 0
 
 
-def test_the_second_of_two_runs_stops(tmp_path: Path, big: Path) -> None:
-    first = subprocess.Popen(
-        [*COMMAND, "quantize", big, tmp_path / "dst", "--workers", "1"], stdout=subprocess.DEVNULL
-    )
-    wait_for(tmp_path / "dst", first)
-    first.send_signal(signal.SIGSTOP)  # so that it is still there when the second has started
-    try:
-        second = run("quantize", big, tmp_path / "dst")
-    finally:
-        first.send_signal(signal.SIGCONT)
+def test_the_second_of_two_runs_stops(src: Path, tmp_path: Path) -> None:
+    first = start_paused("quantize", src, tmp_path / "dst", "--workers", 1)
+    second = run("quantize", src, tmp_path / "dst")
+    _, stderr = first.communicate()
 
     assert_refused(second, "another run is writing to it")
-    assert first.wait(timeout=120) == 0
+    assert (first.returncode, stderr) == (0, "")
     assert run("verify", tmp_path / "dst").returncode == 0
-
-
-@pytest.fixture(scope="module")
-def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that takes a second or so: one of 400 MB, with a large head."""
-    import torch
-
-    values = checkpoints.tensors()
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        values[name] = torch.ones(2_000_000, checkpoints.HIDDEN, dtype=torch.bfloat16)
-    folder = tmp_path_factory.mktemp("big") / "src"
-    return checkpoints.save(folder, values, config={"vocab_size": 2_000_000})
-
-
-def wait_for(dst: Path, process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
-    """Until a run writes its first shard."""
-    deadline = time.monotonic() + 60
-    while not list(dst.glob(".nxdi-expertscale/*.safetensors")):
-        assert process.poll() is None, "the run ended before it was looked at"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs takes root")
 def test_a_full_disk_leaves_nothing_that_loads_and_the_next_run_goes_on(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    src: Path, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -147,16 +158,20 @@ def test_a_full_disk_leaves_nothing_that_loads_and_the_next_run_goes_on(
     if mounted.returncode != 0:
         pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
     try:
-        from nxdi_expertscale.checkpoint import quantize
-
         assert_refused(run("quantize", src, disk / "dst"), "are free; free some space")
         assert list(disk.iterdir()) == []
-        # The check is passed by, as another process might fill the disk after it.
-        monkeypatch.setattr(quantize, "check_space", lambda *_: None)
-        with pytest.raises(CheckpointError, match="the disk is full; free some space"):
-            quantize_checkpoint(src, disk / "dst", max_shard_bytes=20_000)
-        assert not list(disk.glob("dst/*.json"))
         subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
+
+        def fill(done: int, total: int) -> None:
+            """Be another process, which fills the disk after it was looked at."""
+            with contextlib.suppress(OSError), (disk / "other").open("ab") as other:
+                while other.write(bytes(4096)):
+                    other.flush()
+
+        with pytest.raises(CheckpointError, match="the disk is full; free some space"):
+            quantize_checkpoint(src, disk / "dst", max_shard_bytes=20_000, progress=fill)
+        assert not list(disk.glob("dst/*.json"))
+        (disk / "other").unlink()
 
         quantize_checkpoint(src, disk / "dst", max_shard_bytes=20_000)
 
