@@ -1,15 +1,20 @@
-"""How the tests are spread over the processes of pytest-xdist, if there are any."""
+"""What holds for every test: one thread each, and how they are spread over processes."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 
+# Before torch is imported, here and in processes of the tests: the models are too small for
+# threads to be of use, and on a busy machine threads that wait for each other cost much.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together what shares fixtures: the tests of a file, or all tests of a target."""
+    """Let pytest-xdist keep together the tests of a file, and all that run on one target."""
     for item in items:
         callspec: Any = getattr(item, "callspec", None)
         target = None if callspec is None else callspec.params.get("target_name")

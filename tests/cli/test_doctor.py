@@ -85,13 +85,20 @@ def test_no_where_nxdi_is_broken(own_installation: Environment, source: str, sai
 
 
 def test_no_where_importing_nxdi_hangs(own_installation: Environment) -> None:
+    module = "neuronx_distributed_inference.models.config"
     add_nxdi(own_installation, "import time; time.sleep(600)")
-    code = "from nxdi_expertscale.diagnostics.doctor import examine; print(examine(3).problems)"
+    # Until the time is enough for this machine to come to that import.
+    code = (
+        "from nxdi_expertscale.diagnostics.doctor import examine\n"
+        "for seconds in (1, 4, 16, 64):\n"
+        "    problems = str(examine(seconds).problems)\n"
+        f"    if 'importing {module}' in problems: break\n"
+        "print(problems)"
+    )
 
     printed = own_installation.prints(code)
 
-    assert "did not end within 3 seconds" in printed
-    assert "neuronx_distributed_inference.models.config" in printed
+    assert f"importing {module}: did not end within" in printed
 
 
 def test_no_where_a_needed_seam_does_not_fit(own_installation: Environment) -> None:

@@ -17,10 +17,15 @@ CONFIG = small_model.qwen3_moe_config(hidden_size=32, moe_intermediate_size=16)
 CORPUS = small_model.Corpus(training="for x in y:\n" * 80, held_out="for x in y:\n" * 40)
 
 
-def _make(folder: Path, steps: int = 12) -> Path:
+def _make(folder: Path, steps: int) -> Path:
     folder.mkdir()
     small_model.make(folder, CONFIG, CORPUS, small_model.Recipe(steps=steps, batch=1))
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _make(tmp_path_factory.mktemp("trained") / "model", steps=40)
 
 
 def test_library_is_split_into_different_texts() -> None:
@@ -38,12 +43,11 @@ def test_unigram_perplexity_of_even_bytes_is_their_number() -> None:
     assert small_model.unigram_perplexity(corpus) == pytest.approx(4, rel=1e-2)
 
 
-def test_training_learns(tmp_path: Path) -> None:
-    folder = _make(tmp_path / "model", steps=40)
+def test_training_learns(trained: Path) -> None:
     model = derive_architecture(read_config(CONFIG, QWEN3_MOE, ""), QWEN3_MOE)
     weights = {
         name.removeprefix("model."): value.float()
-        for name, value in load_file(folder / "model.safetensors").items()
+        for name, value in load_file(trained / "model.safetensors").items()
     }
     tokens = small_model.as_bytes(CORPUS.held_out).long()[None, :100]
     with torch.no_grad():
@@ -55,31 +59,31 @@ def test_training_learns(tmp_path: Path) -> None:
 
 def test_same_seed_gives_the_same_model(tmp_path: Path) -> None:
     with small_model.one_thread():
-        one, other = (_make(tmp_path / name) / "model.safetensors" for name in ("one", "other"))
+        one, other = (
+            _make(tmp_path / name, steps=3) / "model.safetensors" for name in ("one", "other")
+        )
 
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_transformers_loads_it(tmp_path: Path) -> None:
-    model, report = AutoModelForCausalLM.from_pretrained(
-        _make(tmp_path / "model"), output_loading_info=True
-    )
+def test_transformers_loads_it(trained: Path) -> None:
+    model, report = AutoModelForCausalLM.from_pretrained(trained, output_loading_info=True)
 
     assert model.config.model_type == "qwen3_moe"
     assert not any(report.values())
 
 
-def test_spread_experts_compute_the_same(tmp_path: Path) -> None:
-    folder, spread = _make(tmp_path / "model"), tmp_path / "spread"
+def test_spread_experts_compute_the_same(trained: Path, tmp_path: Path) -> None:
+    spread = tmp_path / "spread"
     spread.mkdir()
-    small_model.spread_experts(folder, spread, 16)
+    small_model.spread_experts(trained, spread, 16)
     model = derive_architecture(read_config(CONFIG, QWEN3_MOE, ""), QWEN3_MOE)
     before, after = (
         {
             name.removeprefix("model."): value.float()
             for name, value in load_file(path / "model.safetensors").items()
         }
-        for path in (folder, spread)
+        for path in (trained, spread)
     )
     tokens = torch.arange(64)[None]
 
@@ -92,10 +96,13 @@ def test_spread_experts_compute_the_same(tmp_path: Path) -> None:
 
 
 def test_threads_are_given_back() -> None:
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError), small_model.one_thread():
+            assert torch.get_num_threads() == 1
+            raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), small_model.one_thread():
-        assert torch.get_num_threads() == 1
-        raise ZeroDivisionError
-
-    assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

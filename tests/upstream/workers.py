@@ -51,13 +51,7 @@ class Worker:
         self._process = subprocess.Popen(
             command,
             cwd=config.rootpath,
-            env={
-                **os.environ,
-                TARGET_VARIABLE: target,
-                REPORTS_VARIABLE: str(writing),
-                # The models are too small for threads to be of use.
-                "OMP_NUM_THREADS": "1",
-            },
+            env={**os.environ, TARGET_VARIABLE: target, REPORTS_VARIABLE: str(writing)},
             pass_fds=[writing],
             stdout=self._output,
             stderr=subprocess.STDOUT,
