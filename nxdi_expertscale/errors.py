@@ -1,10 +1,15 @@
-"""What this package raises. Every message names the file, tensor or setting, and what to do."""
+"""What this package raises, and how any error is told in one line."""
 
 from __future__ import annotations
+
+LONGEST_LINE = 2000
+"""Characters of an error that are shown. Names in it are anyone's and may be megabytes long."""
 
 
 class ExpertScaleError(Exception):
     """Base class of every error that this package raises on purpose.
+
+    The message is one sentence that names the file, tensor or setting, and what to do.
 
     None is a ``ValueError`` or a ``RuntimeError`` as well: callers catch those to go on in another
     way. vLLM-Neuron compiles anew after a ``ValueError`` (``_load_weights_common`` of its
@@ -49,5 +54,47 @@ def incomplete(where: object, what: str) -> CheckpointError:
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line: its type and its message."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    """Format an error as one line that is safe to print on a terminal.
+
+    Args:
+        error: Any error.
+
+    Returns:
+        The message alone for an error of this package, file and reason for one of the operating
+        system, type and message for any other. Control characters are escaped.
+    """
+    if isinstance(error, ExpertScaleError):
+        text = str(error)
+    elif isinstance(error, OSError) and error.strerror is not None:
+        names = (error.filename, error.filename2)
+        text = ": ".join([str(name) for name in names if name is not None] + [error.strerror])
+    else:
+        message = " ".join(str(error).split())
+        text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return shorten(printable(text))
+
+
+def printable(text: str) -> str:
+    r"""Escape what could steer a terminal or fake a line: ``"\x1b"`` becomes ``r"\x1b"``.
+
+    Args:
+        text: A name or a message that may hold what a checkpoint says.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def shorten(text: str, longest: int = LONGEST_LINE) -> str:
+    """Leave out the middle of a long text; the end of a message says what to do.
+
+    Args:
+        text: The text.
+        longest: How many characters of it to keep.
+    """
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest // 2]} … {text[-(longest // 2) :]}"

@@ -1,1 +1,1 @@
-"""What is installed, what is patched, and what is wrong."""
+"""What is installed, what became of the patches, and what is wrong: the command ``doctor``."""

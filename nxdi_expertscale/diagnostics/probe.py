@@ -1,6 +1,6 @@
-"""Imports NxDI in a process of its own, and tells what became of the seams.
+"""Imports NxDI in a process of its own, and reports what became of the seams.
 
-``doctor`` runs it: whatever an installation does when it is imported, ``doctor`` outlives it.
+``doctor`` outlives whatever an installation does when it is imported.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nxdi_expertscale import activation
+from nxdi_expertscale.errors import one_line
 from nxdi_expertscale.hooking.patch import SeamStatus, State
 
 NXDI = "neuronx_distributed_inference"
@@ -27,12 +28,22 @@ NXD = "neuronx_distributed"
 VLLM_NEURON = "vllm_neuron"
 _NXDI_LOADER = "vllm_neuron.worker.neuronx_distributed_model_loader"
 
+_ROOT = Path(__file__).parents[2]
+"""Where this package lies: a site-packages folder, or a source tree."""
+
+# "python -c" puts the working directory on the path, and code of a folder that the user happens
+# to be in is not what is examined.
 _CHILD = """
 import sys
+sys.path[:] = [entry for entry in sys.path if entry]
 started = "nxdi_expertscale" in sys.modules
+sys.path.append(sys.argv[1])
 from nxdi_expertscale.diagnostics import probe
-probe.report(sys.argv[1], started)
+probe.report(sys.argv[2], started)
 """
+
+_TAIL_BYTES = 4096
+"""What is read of a child's stderr, from its end."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,8 @@ def run(time_limit: float) -> Probe:
     """
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as errors:
         path = Path(folder) / "probe.json"
-        ended = _run_child([sys.executable, "-c", _CHILD, str(path)], errors, time_limit)
+        command = [sys.executable, "-c", _CHILD, str(_ROOT), str(path)]
+        ended = _run_child(command, errors, time_limit)
         if not path.is_file():
             return Probe(ended=f"{ended}{_last_line(errors)}")
         found = json.loads(path.read_text())
@@ -81,7 +93,7 @@ def run(time_limit: float) -> Probe:
 
 
 def _run_child(command: Sequence[str], errors: IO[bytes], time_limit: float) -> str:
-    """Run a command to its end; how it ended."""
+    """Run a command to its end, and describe how it ended."""
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -92,33 +104,47 @@ def _run_child(command: Sequence[str], errors: IO[bytes], time_limit: float) -> 
     try:
         status = child.wait(time_limit)
     except subprocess.TimeoutExpired:
-        # With whatever it has started itself.
-        with contextlib.suppress(ProcessLookupError):
+        return f"did not end within {time_limit:g} seconds"
+    finally:
+        # With whatever it has started itself; also where doctor is interrupted.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-        return f"did not end within {time_limit:g} seconds"
     if status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
+        return f"was ended by {_signal_name(-status)}"
     return f"ended with status {status}"
 
 
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def _last_line(errors: IO[bytes]) -> str:
-    errors.seek(0)
+    size = errors.seek(0, os.SEEK_END)
+    errors.seek(max(0, size - _TAIL_BYTES))
     lines = errors.read().decode(errors="replace").strip().splitlines()
     return f" ({lines[-1].strip()})" if lines else ""
 
 
 def report(path: str, activated_at_start: bool) -> None:
-    """In the child: import what is patched, and write what was found to a file."""
+    """In the child: import what is patched, and write what was found to a file.
+
+    Args:
+        path: The file.
+        activated_at_start: Whether the package was active before anything was imported.
+    """
     file = Path(path)
     failures: dict[str, str] = {}
     for module in dict.fromkeys(seam.module for seam in activation.status()):
         # Should this import be the end of the process, the file says which it was.
-        file.write_text(json.dumps({"importing": module}))
+        _write_json(file, {"importing": module})
         try:
             importlib.import_module(module)
         except (Exception, SystemExit) as error:
-            failures[module] = _one_line(error)
+            failures[module] = one_line(error)
     found = Probe(
         activated_at_start=activated_at_start,
         plugins=activation.active_plugins(),
@@ -129,7 +155,14 @@ def report(path: str, activated_at_start: bool) -> None:
         has_nxdi=importlib.util.find_spec(NXDI) is not None,
         vllm_neuron_uses_nxdi=_vllm_neuron_uses_nxdi(failures),
     )
-    file.write_text(json.dumps(asdict(found)))
+    _write_json(file, asdict(found))
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    """Write a file at once: the process may end at any moment."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(value))
+    partial.replace(file)
 
 
 def _version(package: str) -> str:
@@ -148,12 +181,8 @@ def _vllm_neuron_uses_nxdi(failures: dict[str, str]) -> bool | None:
         # This imports the package, which is small, and not the module.
         return importlib.util.find_spec(_NXDI_LOADER) is not None
     except (Exception, SystemExit) as error:
-        failures[VLLM_NEURON] = _one_line(error)
+        failures[VLLM_NEURON] = one_line(error)
         return None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _from_json(found: dict[str, Any]) -> Probe:

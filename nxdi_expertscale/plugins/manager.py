@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import pluggy
 
+from nxdi_expertscale.errors import one_line
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.plugins import hookspecs
@@ -101,7 +102,7 @@ class _Loader:
             self._pluggy.register(plugin, name=name)
             self._pluggy.check_pending()
         except (Exception, SystemExit) as error:
-            self._report(f"plugin {name!r} failed to load: {_one_line(error)}")
+            self._report(f"plugin {name!r} failed to load: {one_line(error)}")
             if self._pluggy.has_plugin(name):
                 self._pluggy.unregister(name=name)
 
@@ -146,7 +147,7 @@ class _Loader:
             try:
                 given = [item for part in call(**arguments) for item in part]
             except (Exception, SystemExit) as error:
-                self._report(f"plugin {name!r} failed: {_one_line(error)}")
+                self._report(f"plugin {name!r} failed: {one_line(error)}")
                 continue
             for item in given:
                 if isinstance(item, kind):
@@ -166,7 +167,3 @@ class _Loader:
 def _installed() -> dict[str, importlib.metadata.EntryPoint]:
     points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     return {point.name: point for point in points}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +186,57 @@ def test_start_up_file_that_is_not_read_is_said(own_installation: Environment) -
     _, answer = diagnosis(own_installation, NXDI_PLUGINS="expertscale")
 
     assert "nothing is activated at interpreter start" in " ".join(answer["warnings"])
+
+
+def test_distribution_whose_uninstallation_was_cut_off_is_absent(
+    own_installation: Environment,
+) -> None:
+    (own_installation.site_packages / "vllm-0.11.0.dist-info").mkdir()
+
+    _, answer = diagnosis(own_installation)
+
+    assert answer["packages"]["vllm"] is None
+
+
+def test_noise_without_end_on_stderr_is_told_by_its_last_line(
+    own_installation: Environment,
+) -> None:
+    add_nxdi(
+        own_installation,
+        "import os, sys; sys.stderr.write('noise\\n' * 100_000); print('\\x1b[2Jlast', "
+        "file=sys.stderr); sys.stderr.flush(); os._exit(3)",
+    )
+
+    result = own_installation.command("doctor")
+
+    assert result.returncode == 1
+    assert r"ended with status 3 (\x1b[2Jlast)" in " ".join(result.stdout.split())
+    assert "noise" not in result.stdout
+
+
+def test_interrupt_ends_the_process_that_imports_nxdi(
+    own_installation: Environment, tmp_path: Path
+) -> None:
+    file = tmp_path / "pid"
+    add_nxdi(
+        own_installation,
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(file)!r} + '.new').write_text(str(os.getpid()))\n"
+        f"os.rename({str(file)!r} + '.new', {str(file)!r})\n"
+        "time.sleep(600)",
+    )
+    process = subprocess.Popen(
+        [own_installation.python, own_installation.folder / "bin" / "nxdi-expertscale", "doctor"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not file.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+
+    _, err = process.communicate(timeout=60)
+
+    assert (process.returncode, err) == (130, "nxdi-expertscale: interrupted\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()), 0)
