@@ -38,8 +38,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from nxdi_expertscale import cli
 from nxdi_expertscale.checkpoint import quantize
-from nxdi_expertscale.cli import commands
 from tests.harness import checkpoints
 
 INDEX = "model.safetensors.index.json"
@@ -102,20 +102,14 @@ def run_command(
     make = quantize.quantize_checkpoint
 
     def in_small_files(*places: Any, **settings: Any) -> Any:
+        begun.set()
         return make(*places, max_shard_bytes=SHARD_BYTES, **settings)
 
     from nxdi_expertscale import checkpoint
 
     checkpoint.quantize_checkpoint = in_small_files
-    run = commands.cli.main
-
-    def main(*places: Any, **settings: Any) -> Any:
-        begun.set()
-        return run(*places, **settings)
-
-    commands.cli.main = main  # type: ignore[method-assign]
     prepare(*arguments)
-    commands.main([*OURS, str(src), str(dst)])
+    cli.main([*OURS, str(src), str(dst)])
 
 
 def started(ground: Ground, prepare: Callable[..., None], *arguments: Any) -> tuple[Any, Event]:

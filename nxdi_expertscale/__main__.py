@@ -1,5 +1,5 @@
 """``python -m nxdi_expertscale``, the same as the console script."""
 
-from nxdi_expertscale.cli.commands import main
+from nxdi_expertscale.cli import main
 
 main()

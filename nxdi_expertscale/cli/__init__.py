@@ -1,5 +1,8 @@
-"""The command line: arguments, messages, tables, plots, exit status."""
+"""The command line: commands, messages, tables, plots, exit status.
 
-from nxdi_expertscale.cli.commands import main
+Importing it imports neither torch nor anything else that a command may not need.
+"""
+
+from nxdi_expertscale.cli.entry_point import main
 
 __all__ = ["main"]

@@ -1,33 +1,151 @@
-"""The command line, ``nxdi-expertscale``: arguments, messages and exit status, no logic.
+"""The commands: their arguments, options and help, and what each calls; no logic.
 
-Exit status: 0 good, 1 the answer is no, 2 the request or the input is bad.
+What a command needs is imported when it runs, so that ``--help`` and a usage error cost nothing.
 """
 
 from __future__ import annotations
 
-import signal
-import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
-from nxdi_expertscale.errors import ExpertScaleError
+from nxdi_expertscale.cli.exit_status import ExitStatus
+from nxdi_expertscale.cli.output import PROGRAM, print_message, print_report, to_json
+from nxdi_expertscale.errors import one_line
 from nxdi_expertscale.version import __version__
 
-ANSWER_IS_NO = 1
-BAD_REQUEST = 2
-INTERRUPTED = 130
+MOST_WORKERS = 256
+MOST_TOKENS = 1 << 20
 
-PATH = click.Path(path_type=Path, readable=False)
-"""A file or folder; what may not be read is said in one line when it is."""
-
-_LONGEST_MESSAGE = 2000
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="nxdi-expertscale")
-def cli() -> None:
+@dataclass
+class Invocation:
+    """What holds for a call of the program, whichever command it is.
+
+    Attributes:
+        debug: Whether the traceback of an error is wanted.
+    """
+
+    debug: bool = False
+
+
+class _Path(click.Path):
+    """A file or folder. Whether it exists and may be read is found out when it is used."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, readable=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            self.fail(f"{str(value)!r} is not a name in UTF-8; rename it", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path()
+
+
+def _show_help(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        print_report(context.get_help())
+        context.exit()
+
+
+def _show_version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        print_report(f"{PROGRAM}, version {__version__}")
+        context.exit()
+
+
+def _set_debug(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        context.ensure_object(Invocation).debug = True
+
+
+def _flag(*names: str, callback: Callable[..., None], description: str) -> click.Option:
+    return click.Option(
+        names,
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=callback,
+        help=description,
+    )
+
+
+def _common_options() -> list[click.Parameter]:
+    return [
+        _flag("--debug", callback=_set_debug, description="Print the traceback of an error."),
+        _flag("-h", "--help", callback=_show_help, description="Show this message and exit."),
+    ]
+
+
+class Command(click.Command):
+    """A command with the options that all have. Help goes the way of every report."""
+
+    def __init__(self, name: str | None, **attributes: Any) -> None:
+        super().__init__(name, **{**attributes, "add_help_option": False})
+        self.params += _common_options()
+
+
+class CommandGroup(click.Group):
+    """The program itself."""
+
+    command_class = Command
+
+    def __init__(self, name: str | None, **attributes: Any) -> None:
+        super().__init__(name, **{**attributes, "add_help_option": False})
+        version = _flag("--version", callback=_show_version, description="Show the version.")
+        self.params += [version, *_common_options()]
+
+
+@click.group(
+    cls=CommandGroup,
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGUMENTS]...",
+    epilog=(
+        "Exit status: 0 good; 1 the answer is no (verify found a fault, doctor a problem); 2 the "
+        "request or the input is bad; 70 a defect of this program; 130 interrupted."
+    ),
+)
+@click.pass_context
+def cli(context: click.Context) -> None:
     """One FP8 scale per expert for mixture-of-experts models on AWS Trainium."""
+    if context.invoked_subcommand is None:
+        print_report(context.get_help())
+
+
+def workers_option(function: _Function) -> _Function:
+    """Add ``--workers``."""
+    return click.option(
+        "--workers",
+        type=click.IntRange(min=1, max=MOST_WORKERS),
+        metavar="N",
+        help="Threads; by default one per core.",
+    )(function)
+
+
+def json_option(function: _Function) -> _Function:
+    """Add ``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(
+        function
+    )
+
+
+def plot_option(function: _Function) -> _Function:
+    """Add ``--plot``."""
+    return click.option(
+        "--plot",
+        metavar="FILE",
+        type=PATH,
+        help="Draw the result as well, into a .png, .pdf or .svg file.",
+    )(function)
 
 
 @cli.command()
@@ -38,11 +156,11 @@ def cli() -> None:
     "exclusions",
     metavar="NAME",
     multiple=True,
-    help="A module to leave as it is; may be given several times. The router always is.",
+    help="Keep this module in full precision; may be given several times. The router always is.",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Threads; by default one per core.")
+@workers_option
 @click.option("--overwrite", is_flag=True, help="Replace DST once the new one is complete.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@json_option
 def quantize(
     *,
     src: Path,
@@ -52,14 +170,16 @@ def quantize(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Make the FP8 checkpoint DST from the checkpoint SRC, a folder of safetensors files.
+    """Make the FP8 checkpoint DST from the checkpoint SRC.
 
-    A run that was cut off goes on when it is run again.
+    SRC is a folder with config.json and safetensors files. A run that was cut off is continued
+    by the same command.
     """
     from nxdi_expertscale.checkpoint import quantize_checkpoint
     from nxdi_expertscale.cli import tables
+    from nxdi_expertscale.cli.progress import progress_bar
 
-    with tables.progress_bar("quantizing") as progress:
+    with progress_bar("quantizing") as progress:
         result = quantize_checkpoint(
             src,
             dst,
@@ -68,174 +188,162 @@ def quantize(
             overwrite=overwrite,
             progress=progress,
         )
-    for name in result.unused_exclusions:
-        _say(f"nxdi-expertscale: no module of {src} is named {name!r}", err=True)
-    _say(tables.to_json(result) if as_json else tables.quantization_summary(result))
+    if result.unused_exclusions:
+        print_message(
+            f"--modules-to-not-convert: no module of {src} is named "
+            f"{tables.listed(list(map(repr, result.unused_exclusions)))}"
+        )
+    try:
+        print_report(to_json(result) if as_json else tables.quantization_summary(result))
+    except OSError as error:
+        # The work is done, and whoever waits for the status goes on with the checkpoint.
+        print_message(f"{result.destination}: is complete, but {one_line(error)}")
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
-def doctor(*, as_json: bool) -> int:
-    """Say whether it will work here, and if not why.
+@json_option
+def doctor(*, as_json: bool) -> ExitStatus:
+    """Check whether this environment can do it.
 
-    NxDI is imported in a process of its own. The status is 0 for yes, 1 for no.
+    Shown is what is installed, what became of each patch, and what is wrong. NxDI is imported in
+    a process of its own. The status is 0 for yes, 1 for no.
     """
-    from nxdi_expertscale.cli import tables
     from nxdi_expertscale.diagnostics.doctor import examine
 
-    found = examine()
-    _say(tables.to_json(found) if as_json else tables.examination(found))
-    return 0 if found.works else ANSWER_IS_NO
+    examination = examine()
+    if as_json:
+        print_report(to_json(examination))
+    else:
+        from nxdi_expertscale.cli import tables
+
+        print_report(tables.examination(examination))
+    return ExitStatus.GOOD if examination.works else ExitStatus.ANSWER_IS_NO
 
 
 @cli.command()
 @click.argument("dst", type=PATH)
-@click.option("--against", metavar="SRC", type=PATH, help="Its source.")
-@click.option("--workers", type=click.IntRange(min=1), help="Threads; by default one per core.")
-@click.option("--json", "as_json", is_flag=True, help="Print what is found as JSON.")
-def verify(*, dst: Path, against: Path | None, workers: int | None, as_json: bool) -> int:
-    """Check the finished checkpoint DST: files, names, shapes, range and scales.
+@click.option("--against", metavar="SRC", type=PATH, help="The checkpoint that DST was made from.")
+@workers_option
+@json_option
+def verify(*, dst: Path, against: Path | None, workers: int | None, as_json: bool) -> ExitStatus:
+    """Check that the finished checkpoint DST is good.
 
-    With SRC, measure the error of each layer as well. The status is 1 if there is a fault.
+    Checked are files, names, shapes, the range of the weights, and the scales; with --against,
+    the error of each layer is measured as well. The status is 1 if there is a fault.
     """
     from nxdi_expertscale.checkpoint import verify_checkpoint
     from nxdi_expertscale.cli import tables
+    from nxdi_expertscale.cli.progress import progress_bar
 
-    with tables.progress_bar("verifying") as progress:
+    with progress_bar("verifying") as progress:
         result = verify_checkpoint(dst, against, workers=workers, progress=progress)
-    _say(tables.to_json(result) if as_json else tables.verification_summary(result))
-    return ANSWER_IS_NO if result.faults else 0
+    print_report(to_json(result) if as_json else tables.verification_summary(result))
+    return ExitStatus.ANSWER_IS_NO if result.faults else ExitStatus.GOOD
 
 
 @cli.command()
 @click.argument("checkpoint", type=PATH)
-@click.option("--plot", metavar="FILE.png", type=PATH, help="Draw it too.")
-@click.option("--workers", type=click.IntRange(min=1), help="Threads; by default one per core.")
-@click.option("--json", "as_json", is_flag=True, help="Print what is found as JSON.")
+@plot_option
+@workers_option
+@json_option
 def inspect(*, checkpoint: Path, plot: Path | None, workers: int | None, as_json: bool) -> None:
-    """Say what CHECKPOINT is, quantized or not, and how far its experts' scales lie apart."""
+    """Show what CHECKPOINT is, quantized or not.
+
+    Shown is also how far the scales of its experts lie apart, and the error that one scale for
+    all of them would cause.
+    """
     from nxdi_expertscale.checkpoint import inspect_checkpoint
     from nxdi_expertscale.cli import plots, tables
+    from nxdi_expertscale.cli.progress import progress_bar
 
     if plot is not None:
         plots.check_file(plot)
-    with tables.progress_bar("reading") as progress:
+    with progress_bar("reading") as progress:
         result = inspect_checkpoint(checkpoint, workers=workers, progress=progress)
+    print_report(to_json(result) if as_json else tables.inspection_summary(result))
     if plot is not None:
         plots.draw_heat_map(result, plot)
-    _say(tables.to_json(result) if as_json else tables.inspection_summary(result))
 
 
 @cli.command("neuron-config")
 @click.argument("dst", type=PATH)
-@click.option("--tp-degree", type=click.IntRange(min=1), help="Tensor parallel degree.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Batch size.")
-@click.option("--seq-len", type=click.IntRange(min=1), help="Longest sequence, in tokens.")
+@click.option(
+    "--tp-degree", metavar="N", type=click.IntRange(min=1), help="Tensor parallel degree."
+)
+@click.option("--batch-size", metavar="N", type=click.IntRange(min=1), help="Batch size.")
+@click.option(
+    "--seq-len", metavar="N", type=click.IntRange(min=1), help="Longest sequence, in tokens."
+)
 def neuron_config(
     *, dst: Path, tp_degree: int | None, batch_size: int | None, seq_len: int | None
 ) -> None:
-    """Print the settings that load the finished checkpoint DST, for NxDI and for vLLM, as JSON."""
+    """Print the settings that load DST.
+
+    DST is a finished checkpoint. The settings are JSON, those for NxDI and those for vLLM.
+    """
     from nxdi_expertscale.checkpoint import neuron_settings
-    from nxdi_expertscale.cli import tables
 
     settings = neuron_settings(dst, tp_degree=tp_degree, batch_size=batch_size, seq_len=seq_len)
-    _say(tables.to_json(settings))
+    print_report(to_json(settings))
 
 
 @cli.command()
 @click.argument("src", type=PATH)
 @click.argument("dst", type=PATH)
-@click.option("--text", type=PATH, help="By default Python's own documentation.")
+@click.option(
+    "--text", metavar="FILE", type=PATH, help="A text in UTF-8; by default Python's documentation."
+)
 @click.option(
     "--tokens",
-    type=click.IntRange(min=1),
+    metavar="N",
+    type=click.IntRange(min=1, max=MOST_TOKENS),
     default=2048,
     show_default=True,
     help="How many tokens of the text to predict.",
 )
-@click.option("--plot", metavar="FILE.png", type=PATH, help="Draw it too.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@plot_option
+@json_option
 def evaluate(
     *, src: Path, dst: Path, text: Path | None, tokens: int, plot: Path | None, as_json: bool
 ) -> None:
-    """Measure the quantized checkpoint DST against its original SRC, on a CPU.
+    """Measure the FP8 checkpoint DST against its original SRC.
 
-    Beside DST as it is stands what averaged scales would make of it. The experts are read one by
-    one: a model need not fit in memory.
+    Shown beside it is the same checkpoint with the scales of a layer's experts averaged. It is
+    computed on a CPU; the experts are read one by one, so a model need not fit in memory.
     """
     from nxdi_expertscale.cli import plots, tables
+    from nxdi_expertscale.cli.progress import STEPS, progress_bar
     from nxdi_expertscale.evaluation.evaluate import evaluate_checkpoint
 
     if plot is not None:
         plots.check_file(plot)
-    with tables.progress_bar("evaluating", tables.STEPS) as progress:
+    with progress_bar("evaluating", STEPS) as progress:
         result = evaluate_checkpoint(src, dst, text=text, tokens=tokens, progress=progress)
+    print_report(to_json(result) if as_json else tables.evaluation_table(result))
     if plot is not None:
         plots.draw_evaluation(result, plot)
-    _say(tables.to_json(result) if as_json else tables.evaluation_table(result))
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@json_option
 def demo(*, as_json: bool) -> None:
-    """Train a small model, quantize it, verify it, and measure it: two minutes, on any machine.
+    """Quantize and measure a small model, in two minutes.
 
-    The model is kept in the user's cache, so a second run takes seconds.
+    The model is trained, quantized, verified and measured on any machine. It is kept in the
+    user's cache, so a second run takes seconds.
     """
     from functools import partial
 
     from nxdi_expertscale.cli import plots, tables
+    from nxdi_expertscale.cli.progress import STEPS, progress_bar
     from nxdi_expertscale.evaluation import demo
 
-    result = demo.run(partial(tables.progress_bar, measure=tables.STEPS))
+    result = demo.run(partial(progress_bar, measure=STEPS))
     if as_json:
-        _say(tables.to_json(result))
-        return
-    picture = plots.INSTALL
-    if plots.can_be_drawn():
+        print_report(to_json(result))
+    elif not plots.can_be_drawn():
+        print_report(tables.demo_summary(result, plots.INSTALL))
+    else:
         file = result.folder / "evaluation.png"
+        print_report(tables.demo_summary(result, str(file)))
         plots.draw_evaluation(result.spread, file)
-        picture = str(file)
-    _say(tables.demo_summary(result, picture))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with its status.
-
-    A bad request or a bad input is one line on stderr and status 2, never a traceback. Ctrl-C
-    and SIGTERM are one line and status 130.
-    """
-    # A service that is stopped ends as one at a keyboard that is interrupted.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        status = cli.main(args=arguments, prog_name="nxdi-expertscale", standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        _say("nxdi-expertscale: interrupted", err=True)
-        sys.exit(INTERRUPTED)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(BAD_REQUEST)
-    except (ExpertScaleError, OSError) as error:
-        _say(f"nxdi-expertscale: {_one_line(str(error))}", err=True)
-        sys.exit(BAD_REQUEST)
-    sys.exit(status if isinstance(status, int) else 0)
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    if len(line) <= _LONGEST_MESSAGE:
-        return line
-    # The names are anyone's and may be megabytes; the end says what to do.
-    half = _LONGEST_MESSAGE // 2
-    return f"{line[:half]} … {line[-half:]}"
-
-
-def _say(text: str, *, err: bool = False) -> None:
-    """Print text with names that are anyone's: what could steer a terminal is spelled out."""
-    plain = "".join(
-        character
-        if character.isprintable() or character == "\n"
-        else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
-    click.echo(plain, err=err)

@@ -1,4 +1,4 @@
-"""What people look at: pictures, drawn with matplotlib, the optional extra ``plot``."""
+"""Draws results as pictures, with matplotlib, the optional extra ``plot``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nxdi_expertscale.cli import tables
-from nxdi_expertscale.errors import ConfigurationError
+from nxdi_expertscale.errors import ConfigurationError, printable, shorten
 
 if TYPE_CHECKING:
     from nxdi_expertscale.checkpoint import Inspection
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 _FORMATS = (".png", ".pdf", ".svg")
 _ORIGINAL, _EXPERT_WISE, _AVERAGED = "tab:gray", "tab:blue", "tab:red"
-
+_TALLEST = 40.0
+"""Inches of the tallest picture: a row for each layer of 170, and narrower rows beyond."""
 
 INSTALL = "needs matplotlib; install it with: pip install 'nxdi-expertscale[plot]'"
 
@@ -26,7 +27,10 @@ def can_be_drawn() -> bool:
 
 
 def check_file(file: Path) -> None:
-    """Check that a picture can be drawn into a file, before what it shows is computed.
+    """Check that a picture can be drawn into a file, before its contents are computed.
+
+    Args:
+        file: The file to write.
 
     Raises:
         ConfigurationError: matplotlib is not installed, or cannot write such a file.
@@ -40,14 +44,17 @@ def check_file(file: Path) -> None:
 
 
 def draw_heat_map(result: Inspection, file: Path) -> None:
-    """Draw how far each expert's scale lies from the mean of its layer.
+    """Draw the scale of each expert over the mean of its layer, as a heat map.
 
     One row for each layer, one column for each expert; beside it the error that one shared scale
     would cause in each layer.
 
     Args:
-        result: What was found.
+        result: The spread of the experts' scales.
         file: The file to write, one that :func:`check_file` let pass.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
@@ -56,7 +63,7 @@ def draw_heat_map(result: Inspection, file: Path) -> None:
     ratios = [layer.experts for layer in result.layers]
     # Symmetric about 1, and never so narrow that differences of a percent look like much.
     extreme = max(1.25, *(max(ratio, 1 / ratio) for row in ratios for ratio in row))
-    figure = _figure(11, max(3.2, 0.22 * len(names) + 2))
+    figure = _figure(11, min(max(3.2, 0.22 * len(names) + 2), _TALLEST))
     heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
     image = heat.imshow(
         ratios,
@@ -75,7 +82,7 @@ def draw_heat_map(result: Inspection, file: Path) -> None:
     bars.barh(range(len(names)), [layer.shared_scale_error for layer in result.layers], color="0.4")
     bars.set(xlabel="error of the weights", title="with one shared scale", xlim=(0, None))
     bars.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    figure.suptitle(f"{result.folder.name}: how far the experts' scales lie apart")
+    _set_title(figure, f"{result.folder.name}: how far the experts' scales lie apart")
     figure.savefig(file, dpi=150)
 
 
@@ -87,34 +94,42 @@ def draw_evaluation(result: Evaluation, file: Path) -> None:
     """Draw the error of each layer's experts, and the perplexities.
 
     Args:
-        result: What was measured.
+        result: The errors and perplexities.
         file: The file to write, one that :func:`check_file` let pass.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure = _figure(10, 4)
     layers, perplexities = figure.subplots(1, 2, width_ratios=(3, 2))
-    kinds = tables.scale_kinds(result)
-    for (name, found), colour in zip(kinds.items(), (_EXPERT_WISE, _AVERAGED), strict=True):
-        numbers, errors = zip(*found.layer_errors.items(), strict=True)
+    kinds = tables.by_kind_of_scales(result)
+    for (name, measured), colour in zip(kinds.items(), (_EXPERT_WISE, _AVERAGED), strict=True):
+        numbers, errors = zip(*measured.layer_errors.items(), strict=True)
         layers.plot(numbers, errors, marker="o", color=colour, label=f"scales: {name}")
     layers.set(xlabel="layer", ylim=(0, None), title="error of the experts, given the same input")
     layers.xaxis.set_major_locator(MaxNLocator(integer=True))
     layers.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     layers.grid(axis="y", alpha=0.3)
     layers.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
-    values = [result.perplexity, *(found.perplexity for found in kinds.values())]
+    values = [result.perplexity, *(measured.perplexity for measured in kinds.values())]
     names = ["original", *(name.replace(", ", ",\n") for name in kinds)]
     bars = perplexities.bar(names, values, color=(_ORIGINAL, _EXPERT_WISE, _AVERAGED))
     perplexities.bar_label(bars, fmt="{:.4g}")
     perplexities.set(title="perplexity (lower is better)")
     perplexities.margins(y=0.1)
-    figure.suptitle(f"{result.destination.name}, {result.tokens} tokens of text")
+    _set_title(figure, f"{result.destination.name}, {result.tokens} tokens of text")
     figure.savefig(file, dpi=150)
 
 
+def _set_title(figure: Any, title: str) -> None:
+    # A folder may have any name, and between two dollar signs matplotlib would read formulas.
+    figure.suptitle(shorten(printable(title), 120), parse_math=False)
+
+
 def _figure(width: float, height: float) -> Any:
-    """An empty picture, sizes in inches. Nothing global of matplotlib is touched."""
+    """Make an empty picture, sizes in inches, without touching anything global of matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint
-from nxdi_expertscale.cli import commands
+from nxdi_expertscale.cli import commands, main
 from nxdi_expertscale.evaluation import small_model
 
 CONFIG = small_model.qwen3_moe_config(hidden_size=32, moe_intermediate_size=16)
@@ -70,7 +70,7 @@ def test_bad_request_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        commands.main(["evaluate", *folders, *arguments])
+        main(["evaluate", *folders, *arguments])
 
     error = capsys.readouterr().err
     assert exit_.value.code == 2
@@ -84,7 +84,7 @@ def test_missing_matplotlib_is_told_before_anything_is_computed(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
 
     with pytest.raises(SystemExit) as exit_:
-        commands.main(["evaluate", "no-model", "no-model", "--plot", "a.png"])
+        main(["evaluate", "no-model", "no-model", "--plot", "a.png"])
 
     assert exit_.value.code == 2
     assert "pip install 'nxdi-expertscale[plot]'" in capsys.readouterr().err

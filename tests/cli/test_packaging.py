@@ -174,7 +174,7 @@ def test_a_zip_path_is_enough_for_all_but_the_start_of_the_interpreter(
         "import nxdi_expertscale, nxdi_expertscale.activation as activation\n"
         f"assert nxdi_expertscale.__file__.startswith({str(wheel)!r})\n"
         "print(activation.active_plugins())\n"
-        "from nxdi_expertscale.cli.commands import main\n"
+        "from nxdi_expertscale.cli import main\n"
         "main(['quantize', '--help'])"
     )
 

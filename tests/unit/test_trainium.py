@@ -81,7 +81,7 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unused_port: int) ->
     programs.mkdir()
     _program(programs, "vllm", VLLM)
     _program(programs, "lm_eval", LM_EVAL)
-    _program(programs, "nxdi-expertscale", "from nxdi_expertscale.cli.commands import main; main()")
+    _program(programs, "nxdi-expertscale", "from nxdi_expertscale.cli import main; main()")
     calls = tmp_path / "calls"
     calls.touch()
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")

@@ -1,0 +1,303 @@
+"""What every command does: exit statuses, one line for an error, and odd places to print to."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from nxdi_expertscale import checkpoint
+from nxdi_expertscale.cli import main
+from nxdi_expertscale.errors import CheckpointError
+from tests import checkpoints
+
+PROGRAM = [sys.executable, "-m", "nxdi_expertscale"]
+
+
+def shell(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in which ``$program`` is the command line's program."""
+    return subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "program": " ".join(PROGRAM), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished checkpoint."""
+    folder = tmp_path_factory.mktemp("finished")
+    source = checkpoints.save(folder / "source")
+    return checkpoint.quantize_checkpoint(source, folder / "fp8").destination
+
+
+def run_here(
+    capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int | str | None, str, str]:
+    """Run the command line in this process: its status, and what it prints."""
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    return (end.value.code, *capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["quantize", "--help"], ["quantize"], ["no-command"], ["doctor"]],
+    ids=" ".join,
+)
+def test_nothing_heavy_is_imported_for_help_usage_errors_and_the_doctor(
+    arguments: list[str],
+) -> None:
+    heavy = {"torch", "numpy", "safetensors", "matplotlib", "transformers", "tokenizers"}
+    heavy |= set() if arguments == ["doctor"] else {"rich", "filelock", "blake3"}
+    code = (
+        "import sys\nfrom nxdi_expertscale.cli import main\n"
+        f"try:\n    main({arguments!r})\n"
+        f"except SystemExit:\n    sys.exit(sorted({heavy!r} & set(sys.modules)) or 0)"
+    )
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+
+    assert (result.returncode, result.stderr[:100] if arguments == ["--help"] else b"") == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize"], "Missing argument 'SRC'. (see nxdi-expertscale quantize --help)"),
+        (["no-command"], "No such command 'no-command'. (see nxdi-expertscale --help)"),
+        (["verify", "x", "--workers", "0"], "--workers"),
+        (["inspect", "x", "--bad\x1b[31m"], r"--bad\x1b[31m"),
+        (["evaluate", "a", "b", "--tokens", "9999999999"], "--tokens"),
+    ],
+)
+def test_usage_error_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run_here(capsys, *arguments)
+
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("nxdi-expertscale: ")
+    assert message in err
+
+
+def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run_here(capsys)
+
+    assert (status, err) == (0, "")
+    assert "quantize" in out and "Exit status" in out
+
+
+class PanicException(BaseException):
+    """As a panic of a library in Rust arrives in Python."""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (TypeError("two\nlines"), 70, "unexpected TypeError: two lines; this is a defect"),
+        (RecursionError(), 70, "unexpected RecursionError; this is a defect"),
+        (PanicException("index"), 70, "unexpected PanicException: index"),
+        (SystemExit(5), 70, "unexpected SystemExit: 5"),
+        (MemoryError(), 2, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you…"), 2, "out of memory"),
+        (CheckpointError("a\x1b[2Jb\nc"), 2, r"a\x1b[2Jb\nc"),
+        (CheckpointError("x" * 10**7 + "; download it"), 2, "x; download it"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/a  b"),
+            2,
+            "/a  b: Permission denied",
+        ),
+        (OSError(errno.EIO, "Input/output error"), 2, "Input/output error"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_whatever_goes_wrong_is_one_line(
+    error: BaseException,
+    status: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "inspect_checkpoint", fail)
+
+    found, out, err = run_here(capsys, "inspect", "folder")
+
+    assert (found, out, err.count("\n")) == (status, "", 1)
+    assert message in err
+    assert len(err) < 3000
+    assert all(character.isprintable() for character in err.rstrip("\n"))
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "inspect", "x"], ["inspect", "x", "--debug"]])
+def test_traceback_is_printed_with_debug(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("a defect")
+
+    monkeypatch.setattr(checkpoint, "inspect_checkpoint", fail)
+
+    status, _, err = run_here(capsys, *arguments)
+
+    assert status == 70
+    assert "Traceback" in err and "in fail" in err
+    assert err.splitlines()[-1].startswith("nxdi-expertscale: unexpected TypeError: a defect")
+
+
+def test_handlers_of_signals_are_as_before(capsys: pytest.CaptureFixture[str]) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    run_here(capsys, "no-command")
+
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_reader_that_has_gone_is_no_error(finished: Path) -> None:
+    (finished.parent / "damaged").mkdir()
+    for file in finished.iterdir():
+        (finished.parent / "damaged" / file.name).write_bytes(file.read_bytes())
+    (finished.parent / "damaged" / "config.json").write_text("{}")
+    script = (
+        '$program verify $good | true; echo "${PIPESTATUS[0]}";'
+        '$program verify $bad | true; echo "${PIPESTATUS[0]}";'
+        '$program --help | true; echo "${PIPESTATUS[0]}"'
+    )
+
+    result = shell(script, good=str(finished), bad=str(finished.parent / "damaged"))
+
+    assert (result.stdout.split(), result.stderr) == (["0", "1", "0"], "")
+
+
+def test_closed_stdout_and_stderr_are_no_error(finished: Path) -> None:
+    result = shell(
+        "$program verify $good >&-; echo $?; $program verify $good 2>&-; echo $?;"
+        "$program inspect /nowhere >&- 2>&- <&-; echo $?",
+        good=str(finished),
+    )
+
+    lines = result.stdout.splitlines()
+    assert (lines[0], lines[-2:], result.stderr) == ("0", ["0", "2"], "")
+
+
+def test_descriptors_that_are_closed_are_not_given_to_a_checkpoint(tmp_path: Path) -> None:
+    """What a library prints on descriptor 2 may not land in a file of the checkpoint."""
+    source = checkpoints.save(tmp_path / "source")
+    code = (
+        "import os, sys; from nxdi_expertscale.cli import main\n"
+        "from nxdi_expertscale.checkpoint import parallel\n"
+        "add = parallel.Meter.add\n"
+        "parallel.Meter.add = lambda self, n: (os.write(1, b'noise'), os.write(2, b'noise'), "
+        "add(self, n))\n"
+        "main(sys.argv[1:])"
+    )
+
+    result = shell(
+        '"$python" -c "$code" quantize $src $dst <&- >&- 2>&-; echo $?; '
+        "$program verify $dst --json; echo $?",
+        python=sys.executable,
+        code=code,
+        src=str(source),
+        dst=str(tmp_path / "dst"),
+    )
+
+    assert [line for line in result.stdout.splitlines() if line.isdigit()] == ["0", "0"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_under_the_report_is_told(finished: Path, tmp_path: Path) -> None:
+    source = finished.parent / "source"
+    full = "cannot print the report: No space left on device"
+
+    verified = shell("$program verify $dst > /dev/full", dst=str(finished))
+    helped = shell("$program --help > /dev/full")
+    made = shell(
+        "$program quantize $src $dst > /dev/full", src=str(source), dst=str(tmp_path / "a")
+    )
+    silent = shell(
+        "$program quantize $src $dst > /dev/full 2>&1", src=str(source), dst=str(tmp_path / "b")
+    )
+
+    assert (verified.returncode, verified.stderr) == (2, f"nxdi-expertscale: {full}\n")
+    assert (helped.returncode, helped.stderr) == (2, f"nxdi-expertscale: {full}\n")
+    assert made.returncode == 0
+    assert made.stderr == f"nxdi-expertscale: {tmp_path / 'a'}: is complete, but {full}\n"
+    assert silent.returncode == 0
+    assert checkpoints.contents(tmp_path / "a") == checkpoints.contents(tmp_path / "b")
+
+
+def test_a_terminal_that_is_closed_does_not_end_the_work(tmp_path: Path) -> None:
+    source = checkpoints.save(tmp_path / "source")
+    terminal, stderr = pty.openpty()
+    process = subprocess.Popen(
+        [*PROGRAM, "quantize", str(source), str(tmp_path / "dst"), "--json"],
+        stderr=stderr,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    os.close(stderr)
+    assert os.read(terminal, 1)  # the bar is there, and its next write fails
+    os.close(terminal)
+
+    out, _ = process.communicate(timeout=120)
+
+    assert process.returncode == 0
+    assert json.loads(out)["destination"] == str(tmp_path / "dst")
+
+
+def test_tables_are_printed_in_any_encoding(finished: Path) -> None:
+    result = subprocess.run(
+        [*PROGRAM, "inspect", str(finished)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"qwen3_moe" in result.stdout
+    assert b"\\u" not in result.stdout
+
+
+@pytest.mark.parametrize("variables", [{"FORCE_COLOR": "1"}, {"COLUMNS": "1"}, {"COLUMNS": "x"}])
+def test_tables_have_no_codes_of_a_terminal(
+    variables: Mapping[str, str],
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    status, out, err = run_here(capsys, "inspect", str(finished))
+
+    assert (status, err) == (0, "")
+    assert "\\x1b" not in out and "\x1b" not in out
+
+
+@pytest.fixture
+def strange_name(tmp_path: Path) -> Iterator[Path]:
+    """A checkpoint whose folder has a name that no encoding can show."""
+    yield checkpoints.save(Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff")))
+
+
+def test_path_that_is_not_utf8_is_refused_by_name(
+    strange_name: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run_here(capsys, "quantize", str(strange_name), str(tmp_path / "dst"))
+
+    assert (status, err.count("\n")) == (2, 1)
+    assert r"a\udcff" in err and "is not a name in UTF-8" in err
