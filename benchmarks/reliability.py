@@ -341,7 +341,9 @@ def new_ground(scratch: Path, chance: random.Random, longest: float) -> Iterator
 def run_trials(faults: Sequence[str], trials: int, seed: int) -> list[Outcome]:
     # A server that has torch imported, and forks: what is disturbed is the work, not the imports.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nxdi_expertscale.checkpoint", "nxdi_expertscale.cli.tables"])
+    context.set_forkserver_preload(
+        [f"nxdi_expertscale.{name}" for name in ("checkpoint", "cli.tables", "cli.progress")]
+    )
     chance = random.Random(seed)
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
