@@ -17,7 +17,7 @@ import pytest
 from nxdi_expertscale import checkpoint
 from nxdi_expertscale.cli import main
 from nxdi_expertscale.errors import CheckpointError
-from tests import checkpoints
+from tests.harness import checkpoints
 
 PROGRAM = [sys.executable, "-m", "nxdi_expertscale"]
 
