@@ -23,20 +23,18 @@ POLL_SECONDS = 2.0
 _logger = logging.getLogger("nxdi_expertscale")
 
 
-def find_obstacle(
-    source: Path, quantization_dtype: str | None, family: MoEFamily | None
-) -> str | None:
+def find_obstacle(source: Path, quantization_dtype: str, family: MoEFamily | None) -> str | None:
     """Find out why ``quantize`` cannot make the checkpoint that NxDI asks for; None if it can.
 
     Args:
         source: What NxDI calls the model's path.
-        quantization_dtype: NxDI's setting.
+        quantization_dtype: NxDI's setting, in lower case.
         family: The model's family; None where it has no experts, or is not known.
     """
     if family is None:
         return "it is no mixture-of-experts model of a known family"
-    if str(quantization_dtype).lower() != QUANTIZED_DTYPE:
-        return f"quantization_dtype is {str(quantization_dtype)!r}, not {QUANTIZED_DTYPE!r}"
+    if quantization_dtype != QUANTIZED_DTYPE:
+        return f"quantization_dtype is {quantization_dtype!r}, not {QUANTIZED_DTYPE!r}"
     if not source.is_dir():
         return f"{source} is no local folder"
     if not any((source / name).exists() for name in (SINGLE_FILE, INDEX)):

@@ -16,10 +16,11 @@ from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.exclusions import are_experts_excluded
 from nxdi_expertscale.loading import expert_scales, expert_weights
 from nxdi_expertscale.loading.expert_scales import LayerScales
+from nxdi_expertscale.loading.layout import LayoutError
 from nxdi_expertscale.loading.names import in_state_dict, scale_of
-from nxdi_expertscale.loading.request import LayoutError, LoadRequest
 from nxdi_expertscale.loading.routers import dequantized_routers, replace_routers
 from nxdi_expertscale.numerics import fp8, scales
+from nxdi_expertscale.settings.settings import FLAG, Settings
 
 _logger = logging.getLogger("nxdi_expertscale")
 
@@ -27,7 +28,12 @@ StateDict = MutableMapping[str, torch.Tensor]
 
 
 def take_out_scales(
-    state_dict: StateDict, family: MoEFamily, request: LoadRequest
+    state_dict: StateDict,
+    family: MoEFamily,
+    settings: Settings,
+    *,
+    quantized_dtype: torch.dtype | None = None,
+    checked_tensors: Collection[str] = (),
 ) -> list[LayerScales]:
     """Check and take out the experts' scales, dequantize routers, stack experts where needed.
 
@@ -36,7 +42,11 @@ def take_out_scales(
     Args:
         state_dict: A checkpoint's tensors as NxDI's converter takes them; changed in place.
         family: The names in it.
-        request: What it is loaded for.
+        settings: What it is loaded with.
+        quantized_dtype: The dtype that ``quantization_dtype`` stands for; None where it names
+            none.
+        checked_tensors: Names, as the checkpoint has them, of the tensors of a finished folder of
+            ours, whose weights are within Neuron's range; none for any other checkpoint.
 
     Returns:
         The scales of each layer that has any.
@@ -46,23 +56,23 @@ def take_out_scales(
         ConfigurationError: It does not fit the config's dtype or exclusions.
         LayoutError: The config does not say how many experts there are.
     """
-    num_experts = request.num_experts
+    num_experts = settings.num_experts
     if num_experts is None:
         raise LayoutError(f"its config has none of {', '.join(family.num_experts)}")
-    check_range = not is_checked(state_dict, request.checked_tensors)
+    check_range = not is_checked(state_dict, checked_tensors)
     found = [
         expert_scales.collect(state_dict, family, layer, num_experts, check_range=check_range)
-        for layer in range(request.num_layers)
+        for layer in range(settings.num_layers)
     ]
     layers = [layer for layer in found if layer is not None]
-    check_exclusions(state_dict, layers, family, request.exclusions)
-    check_dtype(state_dict, layers, family, request)
-    routers = dequantized_routers(state_dict, family, request.num_layers, request.torch_dtype)
+    check_exclusions(state_dict, layers, family, settings.exclusions)
+    _check_dtype(state_dict, layers, family, settings, quantized_dtype)
+    routers = dequantized_routers(state_dict, family, settings.num_layers, _torch_dtype(settings))
     replace_routers(state_dict, routers)
     for scale in (key for layer in layers for key in layer.consumed):
         del state_dict[scale]
     if family.converter_reads_stacked:
-        for number in range(request.num_layers):
+        for number in range(settings.num_layers):
             expert_weights.stack(state_dict, family, number, num_experts)
     return layers
 
@@ -118,18 +128,14 @@ def check_exclusions(
             )
 
 
-def check_dtype(
+def _check_dtype(
     state_dict: Mapping[str, torch.Tensor],
     layers: Sequence[LayerScales],
     family: MoEFamily,
-    request: LoadRequest,
+    settings: Settings,
+    wanted: torch.dtype | None,
 ) -> None:
-    """Check that the experts have the dtype that the config makes NxDI read them as.
-
-    Raises:
-        ConfigurationError: They have another.
-    """
-    wanted = request.quantized_dtype
+    """Check that the experts have the dtype that the config makes NxDI read them as."""
     if not layers or wanted is None:
         return
     key = family.expert_key(layers[0].layer, 0, family.gate)
@@ -137,7 +143,7 @@ def check_dtype(
     if found != wanted:
         raise ConfigurationError(
             f"{key}: its dtype is {found}, it has a scale, and quantization_dtype="
-            f"{request.quantization_dtype!r} makes NxDI read it as {wanted}; set "
+            f"{settings.quantization_dtype!r} makes NxDI read it as {wanted}; set "
             "quantization_dtype='f8e4m3' for an FP8 checkpoint"
         )
 
@@ -146,7 +152,7 @@ def put_in_scales(
     converted: StateDict,
     layers: Sequence[LayerScales],
     family: MoEFamily,
-    request: LoadRequest,
+    settings: Settings,
 ) -> None:
     """Put the scales beside the fused weights: one for each expert, or their average.
 
@@ -155,27 +161,27 @@ def put_in_scales(
             ``[E, in, dim]``, its scale becomes ``[E, 1, dim]`` or ``[1, 1, dim]``.
         layers: What :func:`take_out_scales` gave.
         family: The names in it.
-        request: What it is loaded for.
+        settings: What it is loaded with.
 
     Raises:
         LayoutError: NxDI did not fuse the weights as it is known to.
     """
-    if layers and not request.expert_wise:
+    if layers and not settings.keeps_scales_apart:
         _warn_of_averaging(layers)
     for layer in layers:
         for fused, scale in layer.fused.items():
             key = family.fused_key(layer.layer, fused, "scale")
             _check_fused_weight(converted, layer, fused, family)
-            layout = scale if request.expert_wise else scales.average(scale)
+            layout = scale if settings.keeps_scales_apart else scales.average(scale)
             width = converted[family.fused_key(layer.layer, fused)].shape[2]
             try:
                 padded = scales.pad(layout, width, len(family.fused[fused]))
             except ValueError as error:
                 raise LayoutError(f"{key}: {error}") from error
             converted[key] = padded
-            if request.hybrid_sharding:
+            if settings.experts is not None and settings.experts.is_hybrid_sharded:
                 converted[_key_for_token_generation(key)] = padded.clone()
-    if layers or request.flag:
+    if layers or settings.is_on:
         check_scales_are_there(converted)
 
 
@@ -188,6 +194,11 @@ def check_scales_are_there(converted: Mapping[str, torch.Tensor]) -> None:
     for key, weight in converted.items():
         if key.endswith(".weight") and fp8.is_quantized(weight) and scale_of(key) not in converted:
             raise LayoutError(f"{key} is {weight.dtype} and has no scale")
+
+
+def _torch_dtype(settings: Settings) -> torch.dtype:
+    dtype = getattr(torch, settings.torch_dtype.removeprefix("torch."), torch.float32)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _check_fused_weight(
@@ -219,9 +230,10 @@ def _warn_of_averaging(layers: Sequence[LayerScales]) -> None:
     largest = max(spread.largest for spread in spreads)
     median = sorted(spread.median for spread in spreads)[len(spreads) // 2]
     _logger.warning(
-        "the experts' scales are averaged, because expert_wise_scale is off: they lie a factor of "
-        "%.1f apart (median over channels; %.1f at most), and the model may answer nonsense. Set "
-        "expert_wise_scale=True",
+        "the experts' scales are averaged, because %s is off: they lie a factor of %.1f apart "
+        "(median over channels; %.1f at most), and the model may answer nonsense. Set %s=True",
+        FLAG,
         median,
         largest,
+        FLAG,
     )

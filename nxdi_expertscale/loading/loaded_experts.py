@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.families.declaration import MoEFamily
-from nxdi_expertscale.loading.passes import EXPERT_WISE, ExpertLayer, is_excluded
-from nxdi_expertscale.loading.request import LayoutError
+from nxdi_expertscale.loading.layout import LayoutError
+from nxdi_expertscale.loading.passes import ExpertLayer, is_excluded
+from nxdi_expertscale.settings.settings import EXPERT_WISE
 
 
 def check_expert_wise(

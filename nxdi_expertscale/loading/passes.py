@@ -13,13 +13,8 @@ import torch
 from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.exclusions import are_experts_excluded
-from nxdi_expertscale.loading.request import LayoutError
-
-PER_CHANNEL = "per_channel_symmetric"
-"""NxD's name for one scale for each output channel, which all experts share."""
-
-EXPERT_WISE = "expert_wise_per_channel_symmetric"
-"""NxD's name for one scale for each output channel of each expert."""
+from nxdi_expertscale.loading.layout import LayoutError
+from nxdi_expertscale.settings.settings import FLAG, PER_CHANNEL, Settings
 
 _CARRIED_OVER = ("quantized_dtype", "activation_quantization_type", "clamp_bound")
 
@@ -140,19 +135,19 @@ def check_names(layers: Sequence[ExpertLayer], family: MoEFamily) -> None:
         raise LayoutError(f"{unknown.name} is not one of {family.expert_mlps}")
 
 
-def check_family(family: MoEFamily | None, model_config: object) -> MoEFamily:
+def check_family(settings: Settings) -> MoEFamily:
     """Check that the family of a model with experts is known; gives it back.
 
     Raises:
         ConfigurationError: No plugin declares it.
     """
-    if family is None:
-        model_type = getattr(model_config, "model_type", type(model_config).__name__)
+    if settings.family is None:
+        name = None if settings.model is None else settings.model.name
         raise ConfigurationError(
-            f"expert_wise_scale=True is not supported for this model ({model_type!r}): no plugin "
-            "declares its family; turn the flag off, or add a plugin for it"
+            f"{FLAG}=True is not supported for this model ({name!r}): no plugin declares its "
+            "family; turn the flag off, or add a plugin for it"
         )
-    return family
+    return settings.family
 
 
 def expert_wise_q_config(
@@ -173,7 +168,7 @@ def expert_wise_q_config(
     found = _value_of(q_config.get("quantization_type"))
     if found != PER_CHANNEL:
         raise ConfigurationError(
-            f"expert_wise_scale=True needs quantization_type={PER_CHANNEL!r}, not {found!r}"
+            f"{FLAG}=True needs quantization_type={PER_CHANNEL!r}, not {found!r}"
         )
     carried = {name: q_config[name] for name in _CARRIED_OVER if name in q_config}
     return {**expert_wise_defaults, **carried}

@@ -19,7 +19,7 @@ def dequantized_routers(
     state_dict: Mapping[str, torch.Tensor],
     family: MoEFamily,
     num_layers: int,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     """Compute the values of the routers that are quantized. The state dict stays as it is.
 
@@ -27,7 +27,7 @@ def dequantized_routers(
         state_dict: A checkpoint's tensors, before NxDI fuses them.
         family: The names in it.
         num_layers: Number of decoder layers.
-        dtype: The result's; None for float32.
+        dtype: The result's.
 
     Returns:
         The routers' weights ``[E, H]`` by their names; empty where none is quantized.
@@ -54,8 +54,7 @@ def dequantized_routers(
             raise CheckpointError(f"{scale_of(key)}: {error}") from error
         if scales.first_invalid(per_channel.unsqueeze(0)) is not None:
             raise CheckpointError(f"{scale_of(key)}: a scale must be finite and positive")
-        values = fp8.dequantize(weight, per_channel.T)
-        routers[key] = values if dtype is None else values.to(dtype)
+        routers[key] = fp8.dequantize(weight, per_channel.T).to(dtype)
     return routers
 
 

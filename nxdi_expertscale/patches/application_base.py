@@ -17,7 +17,7 @@ from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.code import refers_to
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import seams
-from nxdi_expertscale.settings import flag
+from nxdi_expertscale.settings.settings import read_settings
 
 MODULE = "neuronx_distributed_inference.models.application_base"
 
@@ -51,16 +51,15 @@ def _saving(families: Sequence[MoEFamily]) -> Callable[..., Any]:
         wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         model_path, config = inspect.signature(wrapped).bind(*args, **kwargs).args
-        neuron_config = config.neuron_config
-        if not flag.is_on(neuron_config) or not flag.is_quantized(neuron_config):
+        settings = read_settings(config.neuron_config, config, families)
+        if not (settings.is_on and settings.is_quantized and settings.quantized_checkpoints_path):
             return wrapped(*args, **kwargs)
         from nxdi_expertscale.checkpoint import provide
 
-        source, folder = Path(model_path), Path(neuron_config.quantized_checkpoints_path)
-        dtype = getattr(neuron_config, "quantization_dtype", None)
-        obstacle = provide.find_obstacle(source, dtype, flag.family_of_model(config, families))
+        source, folder = Path(model_path), Path(settings.quantized_checkpoints_path)
+        obstacle = provide.find_obstacle(source, settings.quantization_dtype, settings.family)
         if obstacle is None:
-            provide.provide_checkpoint(source, folder, flag.exclusions(neuron_config))
+            provide.provide_checkpoint(source, folder, settings.exclusions)
             return None
         provide.prepare_for_upstream(folder, obstacle)
         return wrapped(*args, **kwargs)

@@ -73,9 +73,6 @@ def checked_settings(model_config: Any, families: Sequence[MoEFamily]) -> Settin
     return settings
 
 
-check = checked_settings
-
-
 def _is_native(module: ModuleType) -> bool:
     return refers_to(module.MoENeuronConfig.__init__, FLAG)
 

@@ -9,7 +9,7 @@ from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import config, model_wrapper, seams
-from nxdi_expertscale.settings import flag
+from nxdi_expertscale.settings.settings import read_settings
 
 
 def patches(families: Sequence[MoEFamily]) -> list[Patch]:
@@ -30,7 +30,7 @@ def _loading(families: Sequence[MoEFamily]) -> Callable[..., Any]:
         wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         # Once more: a config may have been changed since it was made.
-        config.check(instance.config, families)
+        config.checked_settings(instance.config, families)
         result = wrapped(*args, **kwargs)
         loaded = getattr(instance, "module", None)
         # The model that was loaded, or the draft and the target of fused speculation.
@@ -47,12 +47,11 @@ def _check_loaded(model: Any, families: Sequence[MoEFamily]) -> None:
     from nxdi_expertscale.loading.passes import find_expert_layers
 
     model_config = getattr(model, "config", None)
-    neuron_config = getattr(model_config, "neuron_config", None)
-    family = flag.family_of_model(model_config, families)
-    if not flag.is_quantized(neuron_config) or family is None:
+    settings = read_settings(getattr(model_config, "neuron_config", None), model_config, families)
+    family, excluded = settings.family, settings.exclusions
+    if not settings.is_quantized or family is None:
         return
-    excluded = flag.exclusions(neuron_config)
-    if flag.is_on(neuron_config):
+    if settings.is_on:
         with seams.layout_errors(seams.QUANTIZATION):
             loaded_experts.check_expert_wise(find_expert_layers(model), excluded, family)
     elif engine.find_failed_seam(seams.needed_by_model(family)) is None:

@@ -11,7 +11,7 @@ from typing import Any
 from nxdi_expertscale.hooking.code import refers_to
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import seams
-from nxdi_expertscale.settings import flag
+from nxdi_expertscale.settings.settings import FLAG
 
 MODULE = "neuronx_distributed_inference.inference_demo"
 OPTION = "--expert-wise-scale"
@@ -32,7 +32,7 @@ def patches() -> list[Patch]:
 
 
 def _is_native(module: ModuleType) -> bool:
-    return any(refers_to(module.setup_run_parser, name) for name in (flag.NAME, OPTION))
+    return any(refers_to(module.setup_run_parser, name) for name in (FLAG, OPTION))
 
 
 def _incompatibility(module: ModuleType) -> str | None:
@@ -53,7 +53,7 @@ def _add_option(
     # Every argument that has a value goes to the config: not given, this one has none.
     parser.add_argument(
         OPTION,
-        dest=flag.NAME,
+        dest=FLAG,
         action="store_true",
         default=argparse.SUPPRESS,
         help="FP8 experts keep one scale each (added by nxdi-expertscale)",

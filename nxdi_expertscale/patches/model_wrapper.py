@@ -18,7 +18,7 @@ from nxdi_expertscale.hooking.code import refers_to
 from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import installed_release, seams
-from nxdi_expertscale.settings import flag
+from nxdi_expertscale.settings.settings import FLAG, Settings, read_settings
 
 if TYPE_CHECKING:
     from nxdi_expertscale.loading.passes import ExpertLayer, Passes
@@ -46,7 +46,7 @@ def patches(families: Sequence[MoEFamily]) -> list[Patch]:
 def is_native(module: ModuleType) -> bool:
     """Whether NxDI itself converts the experts with scales of their own."""
     instance = getattr(module, "DecoderModelInstance", None)
-    return refers_to(getattr(instance, "load_module", None), flag.NAME)
+    return refers_to(getattr(instance, "load_module", None), FLAG)
 
 
 def _incompatibility(module: ModuleType) -> str | None:
@@ -73,55 +73,41 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
         from nxdi_expertscale.loading import passes
 
         call = inspect.signature(wrapped).bind(*args, **kwargs)
-        model = call.args[0]
+        model, q_config = call.args[0], call.arguments.get("q_config")
+        model_config = getattr(model, "config", None)
+        neuron_config = getattr(model_config, "neuron_config", None)
         layers = [layer for layer in passes.find_expert_layers(model) if not layer.is_quantized]
-        family = _select_family(model, call, layers, families)
+        # NxDI gives its settings, and never an include list.
+        is_nxdis = neuron_config is not None and call.arguments.get("include") is None
+        if not layers or q_config is None or not is_nxdis:
+            return wrapped(*args, **kwargs)
+        settings = read_settings(neuron_config, model_config, families)
+        family = _select_family(layers, settings)
         if family is None:
             return wrapped(*args, **kwargs)
-        neuron_config, q_config = model.config.neuron_config, call.arguments["q_config"]
-        passes.check_quantized_dtype(
-            installed_release.quantized_dtype(neuron_config),
-            q_config,
-            neuron_config.quantization_dtype,
-        )
-        plan = passes.plan_passes(
-            layers,
-            call.arguments.get("modules_to_not_convert") or (),
-            family,
-            expert_wise=flag.is_on(neuron_config),
-        )
+        wanted = installed_release.quantized_dtype(neuron_config)
+        passes.check_quantized_dtype(wanted, q_config, settings.quantization_dtype)
+        excluded = call.arguments.get("modules_to_not_convert") or ()
+        plan = passes.plan_passes(layers, excluded, family, expert_wise=settings.is_on)
         return _convert(wrapped, call, plan)
 
     return convert
 
 
-def _select_family(
-    model: Any,
-    call: inspect.BoundArguments,
-    layers: Sequence[ExpertLayer],
-    families: Sequence[MoEFamily],
-) -> MoEFamily | None:
+def _select_family(layers: Sequence[ExpertLayer], settings: Settings) -> MoEFamily | None:
     """The family by which a model's experts are converted; None where NxDI is left alone."""
     from nxdi_expertscale.loading import passes
 
-    neuron_config = getattr(getattr(model, "config", None), "neuron_config", None)
-    # NxDI gives its settings, and never an include list.
-    is_nxdis = call.arguments.get("include") is None and call.arguments.get("q_config") is not None
-    if not layers or neuron_config is None or not is_nxdis:
-        return None
-    family = flag.family_of_model(model.config, families)
-    if flag.is_on(neuron_config):
-        family = passes.check_family(family, model.config)
+    family = passes.check_family(settings) if settings.is_on else settings.family
+    if family is not None and settings.is_on:
         seams.require_seams(seams.needed_by_model(family), load=True)
         with seams.layout_errors(seams.QUANTIZATION):
             passes.check_names(layers, family)
         return family
-    if (
-        family is None
-        or engine.find_failed_seam(seams.needed_by_model(family), load=True) is not None
-    ):
+    if family is None or passes.first_unknown(layers, family) is not None:
         return None
-    return family if passes.first_unknown(layers, family) is None else None
+    failure = engine.find_failed_seam(seams.needed_by_model(family), load=True)
+    return family if failure is None else None
 
 
 def _convert(wrapped: Callable[..., Any], call: inspect.BoundArguments, plan: Passes) -> Any:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from nxdi_expertscale.errors import IncompatibleUpstreamError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.engine import engine
-from nxdi_expertscale.settings import flag
+from nxdi_expertscale.settings.settings import FLAG
 
 CONFIG = "config"
 INFERENCE_CONFIG = "inference_config"
@@ -60,7 +60,7 @@ def require_seams(names: Sequence[str], *, load: bool = False) -> None:
     failure = engine.find_failed_seam(names, load=load)
     if failure is not None:
         raise IncompatibleUpstreamError(
-            f"{flag.NAME} cannot work with this NxDI: {failure}. Turn {flag.NAME} off, or install "
+            f"{FLAG} cannot work with this NxDI: {failure}. Turn {FLAG} off, or install "
             "a release that is supported (run 'nxdi-expertscale doctor')"
         )
 
@@ -75,12 +75,12 @@ def layout_errors(seam: str) -> Iterator[None]:
     Raises:
         IncompatibleUpstreamError: In place of a ``LayoutError``.
     """
-    from nxdi_expertscale.loading.request import LayoutError
+    from nxdi_expertscale.loading.layout import LayoutError
 
     try:
         yield
     except LayoutError as error:
         raise IncompatibleUpstreamError(
             f"the experts' scales cannot be used with this NxDI: seam {seam!r}: {error}. Turn "
-            f"{flag.NAME} off, or install a release that is supported"
+            f"{FLAG} off, or install a release that is supported"
         ) from error

@@ -19,12 +19,11 @@ from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import seams
 from nxdi_expertscale.patches.installed_release import quantized_dtype
-from nxdi_expertscale.settings import flag
+from nxdi_expertscale.settings import rules
+from nxdi_expertscale.settings.settings import FLAG, read_settings
 
 if TYPE_CHECKING:
     import torch
-
-    from nxdi_expertscale.loading.request import LoadRequest
 
 _ENTRANCE = "convert_hf_to_neuron_state_dict"
 """The static method by which NxDI calls a model's converter, or which is it."""
@@ -45,7 +44,7 @@ def _patch(family: MoEFamily) -> Patch:
         attribute=converter,
         wrapper=_fusing_scales(family),
         find_incompatibility=lambda module: _incompatibility(module, family),
-        is_native=lambda module: refers_to(attrgetter(converter)(module), flag.NAME),
+        is_native=lambda module: refers_to(attrgetter(converter)(module), FLAG),
     )
 
 
@@ -82,47 +81,33 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> dict[str, torch.Tensor]:
+        from nxdi_expertscale.checkpoint.write.manifest import names_within_range
         from nxdi_expertscale.loading.conversion import put_in_scales, take_out_scales
 
         state_dict, config, *_rest = inspect.signature(wrapped).bind(*args, **kwargs).args
         neuron_config = getattr(config, "neuron_config", None)
-        if not flag.is_quantized(neuron_config):
+        settings = read_settings(neuron_config, config, family=family)
+        if not settings.is_quantized:
             return wrapped(*args, **kwargs)
-        if flag.is_on(neuron_config):
-            flag.check_neuron_config(neuron_config)
+        rules.check(settings)
+        if settings.is_on:
             seams.require_seams(seams.needed_by_model(family), load=True)
         else:
             reason = engine.find_failed_seam(seams.needed_by_model(family), load=True)
             if reason is not None:
                 _logger.warning("the experts' scales are left to NxDI: %s", reason)
                 return wrapped(*args, **kwargs)
-        request = _request(config, family)
         with seams.layout_errors(seams.state_dict(family)):
-            layers = take_out_scales(state_dict, family, request)
+            layers = take_out_scales(
+                state_dict,
+                family,
+                settings,
+                quantized_dtype=quantized_dtype(neuron_config),
+                checked_tensors=names_within_range(settings.quantized_checkpoints_path),
+            )
         converted = wrapped(*args, **kwargs)
         with seams.layout_errors(seams.state_dict(family)):
-            put_in_scales(converted, layers, family, request)
+            put_in_scales(converted, layers, family, settings)
         return converted
 
     return convert
-
-
-def _request(config: Any, family: MoEFamily) -> LoadRequest:
-    from nxdi_expertscale.checkpoint.write.manifest import names_within_range
-    from nxdi_expertscale.loading.request import LoadRequest
-
-    neuron_config = config.neuron_config
-    return LoadRequest(
-        num_layers=config.num_hidden_layers,
-        num_experts=family.experts_of(config),
-        flag=flag.is_on(neuron_config),
-        expert_wise=flag.fuses_expert_wise(neuron_config),
-        exclusions=flag.exclusions(neuron_config),
-        quantization_dtype=str(getattr(neuron_config, "quantization_dtype", None)),
-        quantized_dtype=quantized_dtype(neuron_config),
-        torch_dtype=getattr(neuron_config, "torch_dtype", None),
-        hybrid_sharding=getattr(neuron_config, "hybrid_sharding_config", None) is not None,
-        checked_tensors=names_within_range(
-            getattr(neuron_config, "quantized_checkpoints_path", None)
-        ),
-    )

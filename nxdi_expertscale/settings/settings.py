@@ -167,7 +167,10 @@ class Settings:
 
 
 def read_settings(
-    neuron_config: Any, model_config: Any = None, families: Sequence[MoEFamily] = ()
+    neuron_config: Any,
+    model_config: Any = None,
+    families: Sequence[MoEFamily] = (),
+    family: MoEFamily | None = None,
 ) -> Settings:
     """Read what the two configs ask for; nothing is judged.
 
@@ -175,10 +178,10 @@ def read_settings(
         neuron_config: NxDI's ``NeuronConfig``, or None for a model without one.
         model_config: NxDI's ``InferenceConfig``; None to look at the neuron config alone.
         families: The families that are in force.
+        family: The model's family where it is known by other means than its config.
     """
     model = None if model_config is None else _read_model(model_config)
-    family = None
-    if model is not None:
+    if model is not None and family is None:
         family = family_of(model.model_type, families, model.class_modules)
     quantized = bool(getattr(neuron_config, "quantized", False))
     is_quantized = quantized or any(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,17 +12,13 @@ import torch
 from nxdi_expertscale import CheckpointError, ConfigurationError
 from nxdi_expertscale.families.built_in import LLAMA4, QWEN3_MOE
 from nxdi_expertscale.loading import conversion
-from nxdi_expertscale.loading.request import LayoutError, LoadRequest
+from nxdi_expertscale.loading.layout import LayoutError
 from nxdi_expertscale.numerics import fp8
+from nxdi_expertscale.settings.settings import Settings
+from tests.unit import configs
 from tests.unit.test_expert_scales import EXPERTS, HIDDEN, INTERMEDIATE, fused_weights, layer_of
 
-REQUEST = LoadRequest(
-    num_layers=1,
-    num_experts=EXPERTS,
-    flag=True,
-    expert_wise=True,
-    quantized_dtype=torch.float8_e4m3fn,
-)
+MODEL = {"num_hidden_layers": 1, "num_experts": EXPERTS}
 ROUTER = "layers.0.mlp.gate"
 LM_HEAD = "lm_head"
 GATE_UP, DOWN = (
@@ -45,9 +41,9 @@ def checkpoint() -> StateDict:
     }
 
 
-def converted_by_nxdi(state_dict: StateDict, **settings: int) -> StateDict:
+def converted_by_nxdi(state_dict: StateDict, pad: int = 0) -> StateDict:
     """What NxDI's converter makes of a state dict without the experts' scales."""
-    found = fused_weights(state_dict, **settings)
+    found = fused_weights(state_dict, pad=pad)
     kept = {key: tensor for key, tensor in state_dict.items() if ".experts." not in key}
     return {
         **kept,
@@ -61,13 +57,23 @@ def flipped(weight: torch.Tensor) -> torch.Tensor:
     return weight.view(torch.uint8).flip(2).view(weight.dtype)
 
 
-def convert(request: LoadRequest = REQUEST, **settings: int) -> tuple[StateDict, StateDict]:
+def settings(**changes: Any) -> Settings:
+    """The settings of a small model, with the flag, but for some of the neuron config."""
+    return configs.settings(changes, MODEL)
+
+
+LLAMA4_SETTINGS = configs.settings(
+    model={"model_type": "llama4_text", "num_hidden_layers": 1, "num_local_experts": EXPERTS}
+)
+
+
+def convert(pad: int = 0, **changes: Any) -> tuple[StateDict, StateDict]:
     """A checkpoint, and what comes of it."""
     state_dict = checkpoint()
     before = dict(state_dict)
-    layers = conversion.take_out_scales(state_dict, QWEN3_MOE, request)
-    converted = converted_by_nxdi(state_dict, **settings)
-    conversion.put_in_scales(converted, layers, QWEN3_MOE, request)
+    layers = conversion.take_out_scales(state_dict, QWEN3_MOE, settings(**changes))
+    converted = converted_by_nxdi(state_dict, pad=pad)
+    conversion.put_in_scales(converted, layers, QWEN3_MOE, settings(**changes))
     return before, converted
 
 
@@ -88,7 +94,7 @@ def test_each_expert_keeps_its_scale() -> None:
 def test_without_the_flag_the_scales_are_averaged_and_a_warning_says_how_far_they_lie_apart(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    before, converted = convert(replace(REQUEST, flag=False, expert_wise=False))
+    before, converted = convert(expert_wise_scale=False)
 
     down = torch.stack(
         [before[QWEN3_MOE.expert_key(0, e, "down_proj", "scale")] for e in range(EXPERTS)]
@@ -109,7 +115,9 @@ def test_padding_of_the_weight_is_padding_of_the_scale() -> None:
 
 
 def test_hybrid_shardings_second_experts_get_scales_of_their_own() -> None:
-    _, converted = convert(replace(REQUEST, hybrid_sharding=True))
+    degrees = SimpleNamespace(moe_cte_ep_degree=1, moe_tkg_ep_degree=1)
+
+    _, converted = convert(hybrid_sharding_config=degrees)
 
     for name in (GATE_UP, DOWN):
         second = converted[f"{name.replace('mlp_op', 'mlp_op_tkg')}.scale"]
@@ -123,8 +131,7 @@ def test_quantized_router_becomes_numbers_in_the_models_dtype(
     state_dict = {**checkpoint(), **quantized(ROUTER, EXPERTS)}
     values = fp8.dequantize(state_dict[f"{ROUTER}.weight"], state_dict[f"{ROUTER}.scale"])
 
-    request = replace(REQUEST, torch_dtype=torch.bfloat16)
-    conversion.take_out_scales(state_dict, QWEN3_MOE, request)
+    conversion.take_out_scales(state_dict, QWEN3_MOE, settings(torch_dtype=torch.bfloat16))
 
     assert f"{ROUTER}.scale" not in state_dict
     assert torch.equal(state_dict[f"{ROUTER}.weight"], values.to(torch.bfloat16))
@@ -134,7 +141,7 @@ def test_quantized_router_becomes_numbers_in_the_models_dtype(
 def test_stacked_experts_are_made_where_the_converter_takes_them_so() -> None:
     state_dict = layer_of(LLAMA4)
 
-    [layer] = conversion.take_out_scales(state_dict, LLAMA4, REQUEST)
+    [layer] = conversion.take_out_scales(state_dict, LLAMA4, LLAMA4_SETTINGS)
 
     assert set(state_dict) == {LLAMA4.stacked_key(0, fused) for fused in layer.fused}
 
@@ -143,22 +150,24 @@ def change(name: str, value: Any) -> Callable[[StateDict], Any]:
     return lambda state_dict: state_dict.update({name: value})
 
 
+DTYPES = {None: torch.float8_e4m3fn, "int8": torch.int8}
+
 REFUSED: dict[str, tuple[Callable[[StateDict], Any], dict[str, Any], type[Exception], str]] = {
     "experts that are excluded": (
         lambda state_dict: None,
-        {"exclusions": ("layers.0.mlp.experts",)},
+        {"modules_to_not_convert": ["layers.0.mlp.experts"]},
         ConfigurationError,
         "layers.0.mlp.experts.0.gate_proj.scale: layer 0's experts are quantized",
     ),
     "a linear layer that is excluded": (
         lambda state_dict: None,
-        {"exclusions": ("lm_head",)},
+        {"modules_to_not_convert": ["lm_head"]},
         ConfigurationError,
         "lm_head.weight: it is quantized in the checkpoint, and modules_to_not_convert",
     ),
     "another dtype": (
         lambda state_dict: None,
-        {"quantized_dtype": torch.int8, "quantization_dtype": "int8"},
+        {"quantization_dtype": "int8"},
         ConfigurationError,
         "its dtype is torch.float8_e4m3fn, it has a scale, and quantization_dtype='int8'",
     ),
@@ -184,35 +193,41 @@ REFUSED: dict[str, tuple[Callable[[StateDict], Any], dict[str, Any], type[Except
         CheckpointError,
         f"{ROUTER}.scale: a scale must be finite and positive",
     ),
-    "a config without a number of experts": (
-        lambda state_dict: None,
-        {"num_experts": None},
-        LayoutError,
-        "its config has none of num_experts, num_local_experts",
-    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit_is_refused_before_anything_is_changed(name: str) -> None:
-    spoil, settings, error, says = REFUSED[name]
+    spoil, changes, error, says = REFUSED[name]
     state_dict = checkpoint()
     spoil(state_dict)
     before = dict(state_dict)
 
     with pytest.raises(error) as refused:
-        conversion.take_out_scales(state_dict, QWEN3_MOE, replace(REQUEST, **settings))
+        conversion.take_out_scales(
+            state_dict,
+            QWEN3_MOE,
+            settings(**changes),
+            quantized_dtype=DTYPES[changes.get("quantization_dtype")],
+        )
 
     assert says in str(refused.value)
     assert state_dict.keys() == before.keys()
     assert all(state_dict[key] is before[key] for key in before)
 
 
+def test_a_config_without_a_number_of_experts_is_told() -> None:
+    without = configs.settings(model={**MODEL, "num_experts": None})
+
+    with pytest.raises(LayoutError, match="its config has none of num_experts, num_local_experts"):
+        conversion.take_out_scales(checkpoint(), QWEN3_MOE, without)
+
+
 def test_what_the_family_cannot_load_quantized_is_refused() -> None:
     state_dict = {**layer_of(LLAMA4), **quantized("language_model.lm_head", 5)}
 
     with pytest.raises(CheckpointError, match=r"lm_head.weight: .* no place for its scale"):
-        conversion.take_out_scales(state_dict, LLAMA4, REQUEST)
+        conversion.take_out_scales(state_dict, LLAMA4, LLAMA4_SETTINGS)
 
 
 FUSED_OTHERWISE: dict[str, tuple[Callable[[StateDict], Any], str]] = {
@@ -240,12 +255,12 @@ FUSED_OTHERWISE: dict[str, tuple[Callable[[StateDict], Any], str]] = {
 def test_a_converter_that_fuses_otherwise_is_told(name: str) -> None:
     spoil, says = FUSED_OTHERWISE[name]
     state_dict = checkpoint()
-    layers = conversion.take_out_scales(state_dict, QWEN3_MOE, REQUEST)
+    layers = conversion.take_out_scales(state_dict, QWEN3_MOE, settings())
     converted = converted_by_nxdi(state_dict)
     spoil(converted)
 
     with pytest.raises(LayoutError, match=says):
-        conversion.put_in_scales(converted, layers, QWEN3_MOE, REQUEST)
+        conversion.put_in_scales(converted, layers, QWEN3_MOE, settings())
 
 
 def in_checkpoint(name: str) -> str:
@@ -263,8 +278,8 @@ def test_range_is_looked_at_unless_the_tensors_are_those_of_a_folder_that_is_kno
     of_another = names | {"model.layers.1.mlp.gate.weight"}
 
     for checked in (frozenset[str](), of_another):
-        request = replace(REQUEST, checked_tensors=checked)
         with pytest.raises(CheckpointError, match=f"{key}: holds FP8 values beyond ±240"):
-            conversion.take_out_scales(dict(state_dict), QWEN3_MOE, request)
-    request = replace(REQUEST, checked_tensors=names)
-    assert conversion.take_out_scales(state_dict, QWEN3_MOE, request)
+            conversion.take_out_scales(
+                dict(state_dict), QWEN3_MOE, settings(), checked_tensors=checked
+            )
+    assert conversion.take_out_scales(state_dict, QWEN3_MOE, settings(), checked_tensors=names)

@@ -10,8 +10,10 @@ import torch
 from nxdi_expertscale import ConfigurationError
 from nxdi_expertscale.families.built_in import LLAMA4, QWEN3_MOE
 from nxdi_expertscale.loading import loaded_experts, passes
-from nxdi_expertscale.loading.passes import EXPERT_WISE, ExpertLayer
-from nxdi_expertscale.loading.request import LayoutError
+from nxdi_expertscale.loading.layout import LayoutError
+from nxdi_expertscale.loading.passes import ExpertLayer
+from nxdi_expertscale.settings.settings import EXPERT_WISE
+from tests.unit import configs
 
 EXPERTS, HIDDEN, INNER = 3, 4, 2
 
@@ -149,12 +151,9 @@ def test_an_expert_layer_by_another_name_is_told() -> None:
 
 
 def test_a_model_of_no_family_is_refused_by_its_type() -> None:
-    class Config:
-        model_type = "strange_moe"
-
-    assert passes.check_family(QWEN3_MOE, Config()) is QWEN3_MOE
-    with pytest.raises(ConfigurationError, match="this model \\('strange_moe'\\): no plugin"):
-        passes.check_family(None, Config())
+    assert passes.check_family(configs.settings()) is QWEN3_MOE
+    with pytest.raises(ConfigurationError, match=r"this model \('strange_moe'\): no plugin"):
+        passes.check_family(configs.settings(model={"model_type": "strange_moe"}))
 
 
 def test_experts_settings_are_nxds_with_the_dtype_of_the_rest() -> None:
