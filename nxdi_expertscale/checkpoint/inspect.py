@@ -52,6 +52,8 @@ class Inspection:
         dtypes: Bytes of the tensors of each dtype.
         num_experts: Experts of a layer.
         layers: Each layer that has experts.
+        below_floor: Experts' weights with channels so small that the floor of the scale, 1e-5,
+            loses them.
     """
 
     folder: Path
@@ -62,14 +64,22 @@ class Inspection:
     dtypes: dict[str, int]
     num_experts: int
     layers: tuple[LayerSpread, ...]
+    below_floor: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Scale and energy (sum of squares) of rows of a weight, each ``[rows]``, float32."""
+    """Rows of a weight.
+
+    Attributes:
+        scale: The scale of each, ``[rows]``, ``torch.float32``.
+        energy: The sum of the squares of each, ``[rows]``, ``torch.float32``.
+        is_below_floor: Whether one is so small that quantizing would lose it.
+    """
 
     scale: torch.Tensor
     energy: torch.Tensor
+    is_below_floor: bool = False
 
 
 def inspect_checkpoint(
@@ -92,7 +102,7 @@ def inspect_checkpoint(
         >>> [layer.spread for layer in inspect_checkpoint("Qwen3-30B-A3B").layers]
     """
     model = open_model(folder)
-    measured = _measure_experts(model, workers or available_cores(), progress)
+    measured, below_floor = _measure_experts(model, workers or available_cores(), progress)
     dtypes: dict[str, int] = defaultdict(int)
     for tensor in model.files.tensors.values():
         dtypes[tensor.dtype] += tensor.nbytes
@@ -106,13 +116,14 @@ def inspect_checkpoint(
         dtypes=dict(sorted(dtypes.items())),
         num_experts=model.config.num_experts,
         layers=tuple(_spreads(measured)),
+        below_floor=tuple(sorted(below_floor)),
     )
 
 
 def _measure_experts(
     model: Model, workers: int, progress: Progress | None
-) -> Mapping[ExpertTensor, Mapping[int, _Rows]]:
-    """Measure the chunks of each expert's weights, by their first row."""
+) -> tuple[Mapping[ExpertTensor, Mapping[int, _Rows]], set[str]]:
+    """Measure the chunks of each expert's weights, by their first row; which are too small."""
     experts = {
         weight.name: weight.expert
         for weight in model.weights
@@ -121,22 +132,28 @@ def _measure_experts(
     weights = [weight for weight in model.weights if weight.name in experts]
     meter = Meter(sum(weight.tensor.nbytes for weight in weights), progress)
     measured: dict[ExpertTensor, dict[int, _Rows]] = {place: {} for place in experts.values()}
+    below_floor: set[str] = set()
     with TensorReader(model.files) as reader:
         values = ValueReader(model.files, reader)
 
         def measure(chunk: Chunk) -> None:
-            measured[experts[chunk.weight.name]][chunk.rows.start] = _measure(values, chunk)
+            rows = _measure(values, chunk)
+            measured[experts[chunk.weight.name]][chunk.rows.start] = rows
+            if rows.is_below_floor:
+                below_floor.add(chunk.weight.name)
             meter.add(chunk.nbytes)
 
         for_each(measure, chunks_of(weights), workers)
-    return measured
+    return measured, below_floor
 
 
 def _measure(reader: ValueReader, chunk: Chunk) -> _Rows:
     values = reader.values(chunk.weight, chunk.rows)
     scale = fp8.scale_per_channel(values).squeeze(-1)
     reader.check_finite(chunk.weight.tensor, scale)
-    return _Rows(scale, values.square_().sum(dim=-1))
+    # Few weights have so small a scale at all, and looking closer costs as much as the rest.
+    too_small = bool((scale == fp8.MIN_SCALE).any()) and fp8.has_rows_too_small(values)
+    return _Rows(scale, values.square_().sum(dim=-1), too_small)
 
 
 def _spreads(measured: Mapping[ExpertTensor, Mapping[int, _Rows]]) -> Iterator[LayerSpread]:

@@ -30,6 +30,18 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
     return parse_json(folder.read(name, limit=MAX_JSON_BYTES), folder.location(name))
 
 
+def check_json(text: bytes, where: str) -> None:
+    """Check that a text is JSON of some kind, as it is copied and not read.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise damaged(where, f"is not valid JSON ({error})") from None
+
+
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object.
 

@@ -12,6 +12,13 @@ import torch
 OUTSIDE_LAYERS = "head"
 """What stands for a layer where a tensor belongs to none."""
 
+MIN_SNR_DB = 24.0
+"""Least signal to noise of a weight that is E4M3 with a scale for each channel, in dB.
+
+E4M3 rounds a value by 2^-4 of it at most, which is 24.08 dB. Values below its normal range are
+rounded by 2^-10 of the scale, and a channel's largest one is 240 of it: of no account.
+"""
+
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -49,6 +56,13 @@ class ErrorSums:
         """
         self._signal[name].append(_energy(reference))
         self._noise[name].append(_energy(values.sub_(reference)))
+
+    def by_tensor(self) -> dict[str, float]:
+        """Signal to noise of each weight, in dB; infinite where it is equal."""
+        return {
+            name: _snr(math.fsum(self._signal[name]), math.fsum(self._noise[name]))
+            for name in sorted(self._signal)
+        }
 
     def by_layer(self) -> tuple[LayerError, ...]:
         """The error of each layer, those outside the layers last."""

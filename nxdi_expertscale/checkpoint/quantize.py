@@ -15,6 +15,7 @@ from nxdi_expertscale.checkpoint.read.files import (
     CONFIG,
     INDEX,
     auxiliary_files,
+    check_auxiliary_files,
     read_auxiliary_file,
 )
 from nxdi_expertscale.checkpoint.read.model import Model, open_model
@@ -30,7 +31,7 @@ from nxdi_expertscale.checkpoint.write.manifest import (
     normalized,
     read_manifest,
 )
-from nxdi_expertscale.checkpoint.write.plan import Plan, make_plan
+from nxdi_expertscale.checkpoint.write.plan import Plan, check_readable, make_plan
 from nxdi_expertscale.checkpoint.write.provenance import (
     check_unchanged,
     source_files,
@@ -60,6 +61,7 @@ class QuantizationResult:
         resumed_shards: How many of them an earlier run had finished.
         modules_to_not_convert: Modules that were left in full precision.
         unused_exclusions: Names in it that no module of the checkpoint has in its path.
+        below_floor: Weights with channels so small that the floor of the scale, 1e-5, loses them.
     """
 
     destination: Path
@@ -71,6 +73,7 @@ class QuantizationResult:
     resumed_shards: int
     modules_to_not_convert: tuple[str, ...]
     unused_exclusions: tuple[str, ...]
+    below_floor: tuple[str, ...]
 
 
 def quantize_checkpoint(
@@ -119,13 +122,16 @@ def quantize_checkpoint(
 
     # 2. Plan every file that will be written, and check that there is room for it.
     plan = make_plan(source, modules_to_not_convert, max_shard_bytes)
+    check_readable(plan)
+    auxiliary = auxiliary_files(source.folder, leave_out=[MANIFEST])
+    check_auxiliary_files(source.folder, auxiliary)
     check_destination(source, destination, overwrite=overwrite)
     check_space(plan.nbytes, destination)
 
     with translate_disk_errors(destination), Staging(destination) as staging:
         # 3. Publish what an earlier run wrote completely; if it is what was asked for, that is all.
         if staging.resume_publishing() and _is_result(destination, source, modules_to_not_convert):
-            resumed = len(plan.shards)
+            resumed, below_floor = len(plan.shards), read_manifest(destination).below_floor
         else:
             check_destination(source, destination, overwrite=overwrite)
 
@@ -140,8 +146,10 @@ def quantize_checkpoint(
                 meter=Meter(sum(shard.source_bytes for shard in plan.shards), progress),
             )
 
+            below_floor = tuple(sorted(n for r in records.values() for n in r.below_floor))
+
             # 5. Write the config, the index, and the files that lie beside the weights.
-            files = _write_other_files(staging, source, plan)
+            files = _write_other_files(staging, source, plan, auxiliary)
 
             # 6. Check that the source is still what was read, and record what was made from it.
             digests = digests_of_tensors(records.values())
@@ -149,9 +157,10 @@ def quantize_checkpoint(
             manifest = Manifest(
                 version=__version__,
                 model_type=source.config.model_type,
-                modules_to_not_convert=normalized(modules_to_not_convert),
+                modules_to_not_convert=normalized((*modules_to_not_convert, *plan.kept_by_source)),
                 source=source_records(source, source_before, digests),
                 tensors=plan.count_kinds(),
+                below_floor=below_floor,
                 shards=tuple(records[shard.name].file for shard in plan.shards),
                 files=files,
             )
@@ -170,6 +179,7 @@ def quantize_checkpoint(
         resumed_shards=resumed,
         modules_to_not_convert=plan.exclusions,
         unused_exclusions=plan.unused_exclusions,
+        below_floor=below_floor,
     )
 
 
@@ -179,14 +189,15 @@ def _is_result(destination: Path, source: Model, modules_to_not_convert: Sequenc
     return mismatch_of(finished, manifest, source, modules_to_not_convert) is None
 
 
-def _write_other_files(staging: Staging, source: Model, plan: Plan) -> tuple[FileRecord, ...]:
+def _write_other_files(
+    staging: Staging, source: Model, plan: Plan, auxiliary: Sequence[str]
+) -> tuple[FileRecord, ...]:
     """Write all files but those of weights and the manifest."""
-    names = auxiliary_files(source.folder, leave_out=[MANIFEST])
-    for name in names:
+    for name in auxiliary:
         staging.write(name, read_auxiliary_file(source.folder, name))
     staging.write(CONFIG, render_json(plan.config))
     staging.write(INDEX, render_json(plan.index))
-    return tuple(staging.file_record(name) for name in (*names, CONFIG, INDEX))
+    return tuple(staging.file_record(name) for name in (*auxiliary, CONFIG, INDEX))
 
 
 def _check_settings(

@@ -11,15 +11,17 @@ import torch
 
 from nxdi_expertscale.checkpoint.digests import digest_file
 from nxdi_expertscale.checkpoint.finished import find_changed_files
+from nxdi_expertscale.checkpoint.manifest_check import find_manifest_faults
 from nxdi_expertscale.checkpoint.origin import mismatch_of
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores, for_each
-from nxdi_expertscale.checkpoint.quantization_error import ErrorSums, LayerError
+from nxdi_expertscale.checkpoint.quantization_error import MIN_SNR_DB, ErrorSums, LayerError
 from nxdi_expertscale.checkpoint.read.chunks import Chunk, chunks_of
 from nxdi_expertscale.checkpoint.read.model import Model, open_model
 from nxdi_expertscale.checkpoint.read.tensor_reader import TensorReader
 from nxdi_expertscale.checkpoint.read.tensors import Weight
 from nxdi_expertscale.checkpoint.read.values import TORCH_DTYPES, ValueReader
 from nxdi_expertscale.checkpoint.write.manifest import (
+    MANIFEST,
     Manifest,
     read_manifest,
 )
@@ -54,6 +56,7 @@ class Verification:
         files: Number of files that were checked.
         quantized: Number of quantized weights that were checked.
         layers: The error of each layer, if there was a source to compare with.
+        warnings: What is as ``quantize`` makes it, and should be known.
     """
 
     folder: Path
@@ -61,6 +64,7 @@ class Verification:
     files: int
     quantized: int
     layers: tuple[LayerError, ...]
+    warnings: tuple[Fault, ...]
 
 
 def verify_checkpoint(
@@ -98,17 +102,33 @@ def verify_checkpoint(
     try:
         model = open_model(path)
     except CheckpointError as error:
-        return Verification(path, (*faults, Fault(str(path), str(error))), len(records), 0, ())
+        faults.append(Fault(str(path), str(error)))
+        return Verification(path, tuple(faults), len(records), 0, (), ())
+    faults += [Fault(MANIFEST, what) for what in find_manifest_faults(manifest, model)]
     faults += _check_treatments(model, manifest.modules_to_not_convert)
-    layers: tuple[LayerError, ...] = ()
     if source is None:
-        faults += _check_values(model, cores, progress)
+        found = _check_values(model, cores, progress)
     else:
         faults += _check_source(manifest, model, source)
-        found, layers = _compare(model, source, cores, progress)
-        faults += found
+        found = _compare(model, source, cores, progress)
     quantized = sum(weight.scale is not None for weight in model.weights)
-    return Verification(path, tuple(faults), len(records), quantized, layers)
+    return Verification(
+        folder=path,
+        faults=(*faults, *found.faults),
+        files=len(records),
+        quantized=quantized,
+        layers=found.layers,
+        warnings=found.warnings,
+    )
+
+
+@dataclass(frozen=True)
+class _Values:
+    """What was found in the values of a folder."""
+
+    faults: list[Fault]
+    warnings: tuple[Fault, ...]
+    layers: tuple[LayerError, ...] = ()
 
 
 def _check_files(folder: Folder, manifest: Manifest, workers: int) -> list[Fault]:
@@ -168,11 +188,12 @@ def _by_name(model: Model) -> Mapping[str, Weight]:
     return {weight.name: weight for weight in model.weights}
 
 
-def _check_values(model: Model, workers: int, progress: Progress | None) -> list[Fault]:
+def _check_values(model: Model, workers: int, progress: Progress | None) -> _Values:
     """Check that every value is finite and within Neuron's range, and every scale positive."""
     readable = [weight for weight in model.weights if weight.tensor.dtype in TORCH_DTYPES]
     meter = Meter(sum(weight.tensor.nbytes for weight in readable), progress)
     faults: dict[str, str] = {}
+    below_floor: set[str] = set()
     with TensorReader(model.files) as reader:
         values = ValueReader(model.files, reader)
 
@@ -180,10 +201,31 @@ def _check_values(model: Model, workers: int, progress: Progress | None) -> list
             fault = _find_fault(values, chunk)
             if fault is not None:
                 faults[chunk.weight.name] = fault
+            elif _is_below_floor(values, chunk):
+                below_floor.add(chunk.weight.name)
             meter.add(chunk.nbytes)
 
         for_each(check, chunks_of(readable), workers)
-    return _sorted(faults)
+    return _Values(_sorted(faults), _floor_warnings(below_floor))
+
+
+def _is_below_floor(values: ValueReader, chunk: Chunk) -> bool:
+    weight, rows = chunk.weight, chunk.rows
+    if weight.scale is None:
+        return False
+    scale = values.scale(weight.scale, rows, weight.tensor.columns)
+    if not bool((scale == fp8.MIN_SCALE).any()):
+        return False
+    return fp8.has_rows_below_floor(values.stored(weight, rows).to(torch.float32), scale)
+
+
+def _floor_warnings(names: Iterable[str]) -> tuple[Fault, ...]:
+    what = (
+        f"has channels of magnitudes below {fp8.MIN_SCALE * fp8.SMALLEST_NORMAL:.2g}, of which "
+        f"FP8 with NxD's smallest scale ({fp8.MIN_SCALE:g}) keeps little; if they matter, keep the "
+        "module in full precision (modules_to_not_convert)"
+    )
+    return tuple(Fault(name, what) for name in sorted(names))
 
 
 def _find_fault(values: ValueReader, chunk: Chunk) -> str | None:
@@ -201,12 +243,11 @@ def _find_fault(values: ValueReader, chunk: Chunk) -> str | None:
     return None
 
 
-def _compare(
-    model: Model, source: Model, workers: int, progress: Progress | None
-) -> tuple[list[Fault], tuple[LayerError, ...]]:
+def _compare(model: Model, source: Model, workers: int, progress: Progress | None) -> _Values:
     """Check the values of each tensor, and measure how far they are from the source's.
 
-    Tensors that the source does not have, or has in another shape, are left out.
+    Tensors that the source does not have, or has in another shape, are left out. A quantized
+    tensor that is further off than E4M3 can be is a fault, and so is a layer.
     """
     theirs = _by_name(source)
     compared = [
@@ -218,6 +259,7 @@ def _compare(
     ]
     meter = Meter(sum(weight.tensor.nbytes for weight in compared), progress)
     faults: dict[str, str] = {}
+    below_floor: set[str] = set()
     sums = ErrorSums()
     with TensorReader(model.files) as our_reader, TensorReader(source.files) as their_reader:
         our_values = ValueReader(model.files, our_reader)
@@ -231,6 +273,8 @@ def _compare(
                 values = our_values.values(weight, rows)
                 if weight.scale is not None:
                     sums.add(weight.name, reference, values)
+                    if fp8.has_rows_too_small(reference):
+                        below_floor.add(weight.name)
                 elif not torch.equal(values, _rounded(reference, weight)):
                     fault = "is not quantized, and differs from the source"
             if fault is not None:
@@ -238,7 +282,22 @@ def _compare(
             meter.add(chunk.nbytes)
 
         for_each(compare, chunks_of(compared), workers)
-    return _sorted(faults), sums.by_layer()
+    layers = sums.by_layer()
+    far = {
+        name: f"is further from the source than FP8 rounds: {snr:.1f} dB, at least {MIN_SNR_DB:g}"
+        for name, snr in sums.by_tensor().items()
+        if snr < MIN_SNR_DB and name not in below_floor and name not in faults
+    }
+    far_layers = [
+        Fault(
+            f"layer {layer.layer}",
+            f"is further from the source than FP8 rounds: {layer.snr_db:.1f} dB, at least "
+            f"{MIN_SNR_DB:g}; its worst tensor is {layer.worst_tensor}",
+        )
+        for layer in layers
+        if layer.snr_db is not None and layer.snr_db < MIN_SNR_DB and not below_floor
+    ]
+    return _Values([*_sorted(faults | far), *far_layers], _floor_warnings(below_floor), layers)
 
 
 def _rounded(values: torch.Tensor, weight: Weight) -> torch.Tensor:

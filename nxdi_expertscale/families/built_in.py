@@ -49,6 +49,7 @@ LLAMA4 = MoEFamily(
     router="language_model.model.layers.{layer}.feed_forward.router",
     expert_mlps="layers.{layer}.feed_forward.moe.expert_mlps",
     embeddings="language_model.model.embed_tokens",
+    final_norm="language_model.model.norm",
     head="language_model.lm_head",
     prefixes=("",),
     stacked=Stacking.INPUTS_FIRST,

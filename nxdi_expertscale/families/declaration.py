@@ -65,6 +65,7 @@ class MoEFamily:
         router: Path of a layer's router in a checkpoint, ``layers.{layer}.mlp.gate``.
         expert_mlps: Path of a layer's fused experts among NxDI's modules.
         embeddings: Path of the token embeddings; a table and no linear layer, never converted.
+        final_norm: Path of the norm before the output layer.
         head: Path of the output layer.
         prefixes: What may stand before a path in a checkpoint.
         gate: Name of the gate projection, ``[I, H]`` in a checkpoint.
@@ -92,6 +93,7 @@ class MoEFamily:
     router: str = "layers.{layer}.mlp.gate"
     expert_mlps: str = "layers.{layer}.mlp.expert_mlps"
     embeddings: str = "embed_tokens"
+    final_norm: str = "norm"
     head: str = "lm_head"
     prefixes: tuple[str, ...] = ("model.", "")
     gate: str = "gate_proj"
@@ -160,6 +162,7 @@ class MoEFamily:
             expert_mlps=self.expert_mlps,
             projections=self.projections,
             stacked=() if self.stacked is None else tuple(self.fused),
+            prefixes=self.prefixes,
         )
 
     def experts_of(self, config: Any) -> int | None:

@@ -33,6 +33,7 @@ class TensorNames:
         expert_mlps: str,
         projections: Iterable[str],
         stacked: Collection[str],
+        prefixes: Iterable[str],
     ) -> None:
         """Make a reader from a family's paths, each with ``{layer}`` for the layer's number.
 
@@ -42,23 +43,25 @@ class TensorNames:
             expert_mlps: Path of a layer's fused experts among NxDI's modules.
             projections: Names of an expert's projections.
             stacked: Names of the tensors with all experts of a layer; none where there are none.
+            prefixes: What may stand before a path in a checkpoint, and nothing else.
         """
-        names = _any_of(projections)
+        names, start = _any_of(projections), rf"(?:{_any_of(prefixes)})"
         self._expert = re.compile(
-            rf"(?:^|\.){_with_layer(experts)}\.(?P<expert>{_NUMBER})"
+            rf"{start}{_with_layer(experts)}\.(?P<expert>{_NUMBER})"
             rf"\.(?P<projection>{names})\.(?P<suffix>\w+)\Z"
         )
-        self._router = re.compile(rf"(?:^|\.){_with_layer(router)}\.\w+\Z")
+        self._router = re.compile(rf"{start}{_with_layer(router)}\.\w+\Z")
+        self._layer = re.compile(rf"{start}{_with_layer(_layer_path(experts))}\.(?P<rest>.+)\Z")
         self._module = re.compile(rf"(?:^|\.){_with_layer(expert_mlps)}(?:\.|$)")
         self._stacked = (
-            re.compile(rf"(?:^|\.){_with_layer(experts)}\.(?P<fused>{_any_of(stacked)})\Z")
+            re.compile(rf"{start}{_with_layer(experts)}\.(?P<fused>{_any_of(stacked)})\Z")
             if stacked
             else None
         )
 
     def parse_expert_key(self, key: str) -> ExpertTensor | None:
         """Read the place of an expert's tensor from its name; None if it is another tensor's."""
-        match = self._expert.search(key)
+        match = self._expert.match(key)
         if match is None:
             return None
         return ExpertTensor(
@@ -67,17 +70,28 @@ class TensorNames:
 
     def parse_stacked_key(self, key: str) -> tuple[int, str] | None:
         """Read the layer and the fused name of a tensor with all experts; None if it is none."""
-        match = self._stacked.search(key) if self._stacked is not None else None
+        match = self._stacked.match(key) if self._stacked is not None else None
         return (int(match["layer"]), match["fused"]) if match else None
 
     def is_router_key(self, key: str) -> bool:
         """Whether a name is that of a router's tensor."""
-        return self._router.search(key) is not None
+        return self._router.match(key) is not None
+
+    def parse_layer_key(self, key: str) -> tuple[int, str] | None:
+        """Read the layer of a tensor and its name within the layer; None outside the layers."""
+        match = self._layer.match(key)
+        return (int(match["layer"]), match["rest"]) if match else None
 
     def layer_of_module(self, module: str) -> int | None:
         """The layer that a module's dotted path lies in, if it is one of the fused experts."""
         match = self._module.search(module)
         return int(match["layer"]) if match else None
+
+
+def _layer_path(path: str) -> str:
+    """The path of a layer, from that of a part of it."""
+    before, layer, _ = path.partition("{layer}")
+    return before + layer
 
 
 def _with_layer(path: str) -> str:

@@ -18,6 +18,9 @@ E4M3_MAX = 240.0
 MIN_SCALE = 1e-5
 """Smallest scale; an output channel of zeros gets it."""
 
+SMALLEST_NORMAL = 2.0**-6
+"""Smallest magnitude that E4M3 holds with all of its three bits after the point."""
+
 _LAST_BYTE = 0x77
 """The magnitude bits of ±240; more is beyond Neuron's range."""
 
@@ -64,6 +67,36 @@ def quantize_per_channel(
     values.div_(scale)
     quantized = torch.empty_like(weight, dtype=torch.float8_e4m3fn) if out is None else out
     return quantized.copy_(values), scale
+
+
+def has_rows_below_floor(quotients: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether any output channel lost its precision to the floor of the scale.
+
+    A channel whose magnitudes are all below ``MIN_SCALE * 2**-6`` gets the smallest scale, and
+    what is left of it are E4M3's smallest values, or zeros: more than E4M3's rounding is lost.
+
+    Args:
+        quotients: ``[out, in]``, float32 weights divided by their scales, before or after they
+            are rounded to E4M3.
+        scale: ``[out, 1]``, ``torch.float32``.
+    """
+    at_floor = (scale == MIN_SCALE).squeeze(-1)
+    if not bool(at_floor.any()):
+        return False
+    largest = quotients[at_floor].abs().amax(dim=-1)
+    return bool(((largest > 0) & (largest < SMALLEST_NORMAL)).any())
+
+
+def has_rows_too_small(values: torch.Tensor) -> bool:
+    """Whether any output channel is so small that quantizing would lose it.
+
+    The same question as :func:`has_rows_below_floor`, of weights that are not quantized.
+
+    Args:
+        values: ``[out, in]``, of any float dtype.
+    """
+    largest = torch.maximum(values.amax(dim=-1), -values.amin(dim=-1))
+    return bool(((largest > 0) & (largest < MIN_SCALE * SMALLEST_NORMAL)).any())
 
 
 def decode(weight: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:

@@ -17,22 +17,29 @@ by_name = pytest.mark.parametrize("family", BUILT_IN, ids=lambda family: family.
 
 
 @by_name
-@pytest.mark.parametrize("prefix", ["", "model.", "another.model."])
 @pytest.mark.parametrize("suffix", ["weight", "scale", "weight_scale"])
-def test_an_experts_name_that_is_written_can_be_read(
-    family: MoEFamily, prefix: str, suffix: str
-) -> None:
+def test_an_experts_name_that_is_written_can_be_read(family: MoEFamily, suffix: str) -> None:
     for projection in family.projections:
-        key = prefix + family.expert_key(12, 345, projection, suffix)
-        assert family.names.parse_expert_key(key) == ExpertTensor(12, 345, projection, suffix)
-        assert not family.names.is_router_key(key)
+        for key in family.paths(family.expert_key(12, 345, projection, suffix)):
+            assert family.names.parse_expert_key(key) == ExpertTensor(12, 345, projection, suffix)
+            assert not family.names.is_router_key(key)
+
+
+@by_name
+@pytest.mark.parametrize("prefix", ["mtp.", "another.model.", "x", "model.model."])
+def test_names_with_anything_else_before_them_are_no_experts(
+    family: MoEFamily, prefix: str
+) -> None:
+    assert family.names.parse_expert_key(prefix + family.expert_key(0, 1, family.up)) is None
+    assert not family.names.is_router_key(prefix + family.router_key(0))
+    assert family.names.parse_layer_key(prefix + family.router_key(0)) is None
 
 
 @by_name
 def test_a_routers_name_that_is_written_can_be_read(family: MoEFamily) -> None:
     for suffix in ("weight", "scale"):
-        assert family.names.is_router_key(family.router_key(3, suffix))
-        assert family.names.is_router_key(f"model.{family.router_key(3, suffix)}")
+        for key in family.paths(family.router_key(3, suffix)):
+            assert family.names.is_router_key(key)
     assert family.names.parse_expert_key(family.router_key(3)) is None
 
 

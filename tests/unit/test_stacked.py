@@ -58,6 +58,7 @@ def qwen3_moe(dtype: torch.dtype = torch.bfloat16) -> State:
     """Stacked with the outputs first, as transformers 5 holds a Qwen3 MoE in memory."""
     state = {
         "model.embed_tokens.weight": random(VOCABULARY, HIDDEN),
+        "model.norm.weight": random(HIDDEN),
         "lm_head.weight": random(VOCABULARY, HIDDEN),
     }
     for layer in range(2):
@@ -74,6 +75,7 @@ def llama4(dtype: torch.dtype = torch.bfloat16) -> State:
     moe = f"{model}.layers.1.feed_forward"
     return {
         f"{model}.embed_tokens.weight": random(VOCABULARY, HIDDEN),
+        f"{model}.norm.weight": random(HIDDEN),
         "language_model.lm_head.weight": random(VOCABULARY, HIDDEN),
         "vision_model.patch_embedding.linear.weight": random(HIDDEN, 12),
         f"{model}.layers.0.feed_forward.gate_proj.weight": random(30, HIDDEN),

@@ -185,3 +185,124 @@ def test_a_damaged_manifest_is_an_error(dst: Path, text: str) -> None:
 
     with pytest.raises(CheckpointError, match=MANIFEST):
         read_manifest(dst)
+
+
+class TestAgainstASource:
+    """``--against`` decides: whatever is further off than FP8's own rounding is a fault."""
+
+    @pytest.mark.parametrize(
+        "name", ["lm_head.weight", "model.layers.1.mlp.experts.2.down_proj.weight"]
+    )
+    @pytest.mark.parametrize("part", [0.07, 0.5])
+    def test_scales_that_are_off_are_told(self, tmp_path: Path, name: str, part: float) -> None:
+        src = checkpoints.save(tmp_path / "src")
+        dst = quantize_checkpoint(src, tmp_path / "dst").destination
+        change(dst, lambda values: values[f"{name}_scale"].mul_(1 + part))
+
+        found = faults(dst, src)
+
+        assert "is further from the source than FP8 rounds" in found[name]
+
+    def test_every_form_of_source_is_within_what_fp8_rounds(self, tmp_path: Path) -> None:
+        for number, (form, config) in enumerate(
+            [
+                (checkpoints.in_blocks, checkpoints.BLOCKS_CONFIG),
+                (checkpoints.by_channel, checkpoints.COMPRESSED_CONFIG),
+                (checkpoints.by_tensor, checkpoints.COMPRESSED_CONFIG),
+            ]
+        ):
+            values = form(checkpoints.tensors())
+            settings = {"quantization_config": config}
+            src = checkpoints.save(tmp_path / f"src{number}", values, config=settings)
+            dst = quantize_checkpoint(src, tmp_path / f"dst{number}").destination
+            assert verify_checkpoint(dst, src).faults == ()
+
+    def test_heavy_tails_are_within_what_fp8_rounds(self, tmp_path: Path) -> None:
+        values = checkpoints.tensors(torch.float32)
+        for value in values.values():
+            value.copy_(value.sign() * value.abs() ** 6 * 1e3)
+        src = checkpoints.save(tmp_path / "src", values)
+        dst = quantize_checkpoint(src, tmp_path / "dst").destination
+
+        assert verify_checkpoint(dst, src).faults == ()
+
+
+@pytest.mark.parametrize(
+    ("edit", "what"),
+    [
+        ({"version": "yesterday"}, "which is no version"),
+        ({"model_type": "mixtral"}, "is of a 'mixtral'"),
+        ({"tensors": {"kept": 3}}, "counts tensors of the kinds"),
+        (
+            {
+                "tensors": {
+                    "quantized experts": 23,
+                    "quantized linears": 9,
+                    "dequantized": 0,
+                    "kept": 13,
+                }
+            },
+            "counts 23 quantized experts, and there are 24",
+        ),
+        ({"source": []}, "which are those of no checkpoint"),
+        (
+            {
+                "source": [
+                    {"name": "config.json", "size": 0, "mtime_ns": 1, "digest": "ab"},
+                    {"name": "model.safetensors", "size": 9, "mtime_ns": 1, "digest": "ab"},
+                ]
+            },
+            "that is that of no file",
+        ),
+    ],
+)
+def test_a_manifest_is_held_to_what_it_describes(
+    tmp_path: Path, edit: dict[str, object], what: str
+) -> None:
+    src = checkpoints.save(tmp_path / "src")
+    dst = quantize_checkpoint(src, tmp_path / "dst").destination
+    manifest = json.loads((dst / MANIFEST).read_text())
+    (dst / MANIFEST).write_text(json.dumps({**manifest, **edit}))
+
+    found = verify_checkpoint(dst).faults
+
+    assert any(fault.where == MANIFEST and what in fault.what for fault in found), found
+
+
+class TestTheFloorOfTheScale:
+    """Weights so small that NxD's smallest scale loses them are told, by who sees them."""
+
+    NAME = "model.layers.0.mlp.experts.1.up_proj.weight"
+
+    @pytest.fixture
+    def src(self, tmp_path: Path) -> Path:
+        values = checkpoints.tensors()
+        values[self.NAME][3] *= 1e-9
+        return checkpoints.save(tmp_path / "src", values)
+
+    def test_quantize_and_verify_and_inspect_tell_of_it(self, src: Path, tmp_path: Path) -> None:
+        from nxdi_expertscale.checkpoint import inspect_checkpoint
+
+        result = quantize_checkpoint(src, tmp_path / "dst")
+
+        assert result.below_floor == (self.NAME,)
+        against = verify_checkpoint(tmp_path / "dst", src)
+        assert against.faults == ()
+        assert [warning.where for warning in against.warnings] == [self.NAME]
+        assert inspect_checkpoint(src).below_floor == (self.NAME,)
+
+    def test_a_channel_of_zeros_loses_nothing(self, tmp_path: Path) -> None:
+        values = checkpoints.tensors()
+        values[self.NAME][3] = 0
+        src = checkpoints.save(tmp_path / "src", values)
+
+        assert quantize_checkpoint(src, tmp_path / "dst").below_floor == ()
+        assert verify_checkpoint(tmp_path / "dst", src).warnings == ()
+
+    def test_a_small_channel_that_fp8_still_holds_is_no_matter(self, tmp_path: Path) -> None:
+        values = checkpoints.tensors()
+        values[self.NAME][3] *= 1e-5
+        src = checkpoints.save(tmp_path / "src", values)
+
+        assert quantize_checkpoint(src, tmp_path / "dst").below_floor == ()
+        assert verify_checkpoint(tmp_path / "dst", src).faults == ()

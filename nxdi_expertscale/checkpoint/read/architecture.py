@@ -26,7 +26,9 @@ def check_architecture(files: WeightFiles, config: ModelConfig, family: MoEFamil
             found[place.layer].add((place.expert, place.projection))
             shape = (hidden, inner) if place.projection == family.down else (inner, hidden)
             _check_shape(files, tensor, shape)
+    _check_names(files, family)
     vocabulary = (config.vocab_size, hidden)
+    _check_tensor(files, family, f"{family.final_norm}.weight", (hidden,))
     _check_tensor(files, family, f"{family.embeddings}.weight", vocabulary)
     if not config.tie_word_embeddings:
         _check_tensor(files, family, f"{family.head}.weight", vocabulary)
@@ -40,6 +42,18 @@ def check_architecture(files: WeightFiles, config: ModelConfig, family: MoEFamil
             f"{files.folder.path}: has experts of layer {min(beyond)}, and {CONFIG} says "
             f"{config.num_hidden_layers} layers; one of them is another model's"
         )
+
+
+def _check_names(files: WeightFiles, family: MoEFamily) -> None:
+    """Check that no tensor is there under two names, with a prefix and without."""
+    prefixes = sorted(filter(None, family.prefixes), key=len, reverse=True)
+    for name, tensor in files.tensors.items():
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if prefix is not None and name.removeprefix(prefix) in files.tensors:
+            raise CheckpointError(
+                f"{files.location(tensor)}: is there as {name.removeprefix(prefix)} as well; "
+                "remove one of the two"
+            )
 
 
 def _check_experts(
@@ -79,7 +93,7 @@ def _has_dense_mlp(files: WeightFiles, family: MoEFamily, layer: int) -> bool:
     )
 
 
-def _check_tensor(files: WeightFiles, family: MoEFamily, name: str, shape: tuple[int, int]) -> None:
+def _check_tensor(files: WeightFiles, family: MoEFamily, name: str, shape: tuple[int, ...]) -> None:
     found = (files.tensors.get(path) for path in family.paths(name))
     tensor = next((tensor for tensor in found if tensor is not None), None)
     if tensor is None:
@@ -87,7 +101,7 @@ def _check_tensor(files: WeightFiles, family: MoEFamily, name: str, shape: tuple
     _check_shape(files, tensor, shape)
 
 
-def _check_shape(files: WeightFiles, tensor: StoredTensor, shape: tuple[int, int]) -> None:
+def _check_shape(files: WeightFiles, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise CheckpointError(
             f"{files.location(tensor)}: has shape {list(tensor.shape)}, and {CONFIG} says "

@@ -41,6 +41,7 @@ class ModelConfig:
         norm_topk_prob: Whether the routing weights of a token are made to add up to one.
         mlp_only_layers: Layers that have a dense MLP in place of experts.
         decoder_sparse_step: Every so many layers one has experts.
+        layer_types: Kind of each layer's attention, in order, where they differ.
         rms_norm_eps: Epsilon of the RMS norms.
         rope_type: Kind of the rotary embedding, ``default`` where it is not scaled.
         rope_theta: Base of the rotary embedding.
@@ -69,6 +70,7 @@ class ModelConfig:
     norm_topk_prob: bool | None
     mlp_only_layers: tuple[int, ...]
     decoder_sparse_step: int
+    layer_types: tuple[str, ...]
     rms_norm_eps: float | None
     rope_type: str
     rope_theta: float | None
@@ -77,6 +79,10 @@ class ModelConfig:
     tie_word_embeddings: bool
     dtype: str | None
     quantization_config: Mapping[str, Any] | None
+
+    def layer_type(self, layer: int) -> str | None:
+        """Kind of a layer's attention; None where the config does not say."""
+        return self.layer_types[layer] if layer < len(self.layer_types) else None
 
 
 def read_config(raw: Mapping[str, Any], family: MoEFamily, where: str) -> ModelConfig:
@@ -136,6 +142,7 @@ def read_config(raw: Mapping[str, Any], family: MoEFamily, where: str) -> ModelC
         norm_topk_prob=fields.optional("norm_topk_prob", bool),
         mlp_only_layers=fields.layers("mlp_only_layers"),
         decoder_sparse_step=fields.optional_size("decoder_sparse_step") or 1,
+        layer_types=fields.strings("layer_types"),
         rms_norm_eps=fields.optional_number("rms_norm_eps"),
         rope_type=rope.optional("rope_type", str) or rope.optional("type", str) or "default",
         rope_theta=rope.optional_number("rope_theta") or fields.optional_number("rope_theta"),
@@ -179,6 +186,12 @@ class _Fields:
         if type(value) not in {int, float} or not 0 < value < 1e30:
             raise damaged(self._where, f"{name} is {value!r}, not a number")
         return float(value)
+
+    def strings(self, name: str) -> tuple[str, ...]:
+        value = self.optional(name, list) or []
+        if not all(type(part) is str for part in value):
+            raise damaged(self._where, f"{name} is {value!r}, not a list of names")
+        return tuple(value)
 
     def layers(self, name: str) -> tuple[int, ...]:
         value = self.optional(name, list) or []

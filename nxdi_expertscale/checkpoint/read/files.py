@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from nxdi_expertscale.checkpoint.json_files import read_json
+from nxdi_expertscale.checkpoint.json_files import check_json, read_json
 from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor, read_header
 from nxdi_expertscale.errors import CheckpointError, damaged
 from nxdi_expertscale.sources.folder import Folder
@@ -146,6 +146,18 @@ def auxiliary_files(folder: Folder, leave_out: Iterable[str] = ()) -> list[str]:
     for name in names:
         folder.checked_path(name)
     return names
+
+
+def check_auxiliary_files(folder: Folder, names: Iterable[str]) -> None:
+    """Check that the files beside the weights are what they are named as.
+
+    Raises:
+        CheckpointError: One is too long, or is named as JSON and is not.
+    """
+    for name in names:
+        content = read_auxiliary_file(folder, name)
+        if name.endswith(".json"):
+            check_json(content, folder.location(name))
 
 
 def read_auxiliary_file(folder: Folder, name: str) -> bytes:

@@ -9,6 +9,7 @@ from nxdi_expertscale.checkpoint.json_files import read_json
 from nxdi_expertscale.checkpoint.read.architecture import check_architecture
 from nxdi_expertscale.checkpoint.read.config import ModelConfig, read_config
 from nxdi_expertscale.checkpoint.read.files import CONFIG, WeightFiles, read_weight_files
+from nxdi_expertscale.checkpoint.read.layers import check_layers
 from nxdi_expertscale.checkpoint.read.scales import Scheme, read_scheme
 from nxdi_expertscale.checkpoint.read.stacked import unstack_experts
 from nxdi_expertscale.checkpoint.read.tensors import Weight, read_weights
@@ -63,4 +64,5 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     files = unstack_experts(read_weight_files(folder), config, family)
     weights = read_weights(files, family, scheme)
     check_architecture(files, config, family)
+    check_layers(files, config, family)
     return Model(files, config, family, scheme, weights)

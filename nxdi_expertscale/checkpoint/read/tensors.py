@@ -104,7 +104,8 @@ def _read_weight(
                 f"{where}: has scales and is {tensor.dtype}; of quantized weights only {FP8} can "
                 "be read, use the original checkpoint"
             )
-        if (is_linear or expert is not None) and tensor.dtype not in FLOATS:
+        is_parameter = tensor.name.endswith(("weight", "bias"))
+        if tensor.dtype not in FLOATS and (is_parameter or tensor.dtype == "F64"):
             raise CheckpointError(
                 f"{where}: is {tensor.dtype}; a weight has to be {', '.join(FLOATS)} or {FP8}, "
                 "use the original checkpoint"
@@ -114,7 +115,7 @@ def _read_weight(
         raise incomplete(
             where, f"is {FP8} and has no scale ({SCALE_SUFFIX} or {BLOCK_SCALE_SUFFIX})"
         )
-    if not is_linear or scale.dtype not in FLOATS:
+    if len(tensor.shape) != 2 or scale.dtype not in FLOATS:
         raise CheckpointError(
             f"{where}: a quantized weight has two dimensions and float scales, not "
             f"{list(tensor.shape)} and {scale.dtype}; use the original checkpoint"

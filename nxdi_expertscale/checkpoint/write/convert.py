@@ -24,10 +24,13 @@ class ConvertedRows:
             values are not read.
         outputs: What is written for them, by the name of the tensor: ``[rows, columns]``, and the
             scales ``[rows, 1]``, ``torch.float32``, of a weight that is quantized.
+        is_below_floor: Whether a row is so small that the floor of the scale loses it; see
+            :func:`~nxdi_expertscale.numerics.fp8.has_rows_below_floor`.
     """
 
     stored: torch.Tensor
     outputs: Mapping[str, torch.Tensor]
+    is_below_floor: bool = False
 
 
 class RowConverter:
@@ -75,7 +78,7 @@ class RowConverter:
         elif _keeps_fp8(planned):
             outputs = self._rescale(planned, stored, rows, is_halved=is_halved)
         else:
-            outputs = self._quantize(planned, stored, rows)
+            return self._quantize(planned, stored, rows)
         return ConvertedRows(stored, outputs)
 
     def _keep(self, planned: PlannedTensor, stored: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -90,17 +93,20 @@ class RowConverter:
         self._reader.check_finite(planned.weight.tensor, values)
         return {planned.name: values.to(TORCH_DTYPES[planned.dtype])}
 
-    def _quantize(
-        self, planned: PlannedTensor, stored: torch.Tensor, rows: range
-    ) -> dict[str, torch.Tensor]:
+    def _quantize(self, planned: PlannedTensor, stored: torch.Tensor, rows: range) -> ConvertedRows:
         shape, buffers = tuple(stored.shape), self._reader.buffers
+        quotients = buffers.take("values", shape)
         quantized, scale = fp8.quantize_per_channel(
             self._values(planned.weight, stored, rows),
-            scratch=buffers.take("values", shape),
+            scratch=quotients,
             out=buffers.take("quantized", shape),
         )
         self._reader.check_finite(planned.weight.tensor, scale)
-        return {planned.name: quantized, planned.scale_name: scale}
+        return ConvertedRows(
+            stored,
+            {planned.name: quantized, planned.scale_name: scale},
+            fp8.has_rows_below_floor(quotients, scale),
+        )
 
     def _rescale(
         self, planned: PlannedTensor, stored: torch.Tensor, rows: range, *, is_halved: bool

@@ -66,6 +66,7 @@ class Manifest:
         modules_to_not_convert: Modules that were left in full precision.
         source: The files that it was made from.
         tensors: How many tensors there are of each kind.
+        below_floor: Weights with channels that the floor of the scale loses.
         shards: The files of weights.
         files: The other files.
     """
@@ -75,6 +76,7 @@ class Manifest:
     modules_to_not_convert: tuple[str, ...]
     source: tuple[SourceRecord, ...]
     tensors: Mapping[str, int]
+    below_floor: tuple[str, ...]
     shards: tuple[FileRecord, ...]
     files: tuple[FileRecord, ...]
 
@@ -121,6 +123,7 @@ def parse_manifest(content: bytes, where: Path) -> Manifest:
             modules_to_not_convert=tuple(map(str, value["modules_to_not_convert"])),
             source=tuple(_read_source_record(record) for record in value["source"]),
             tensors={str(kind): int(count) for kind, count in value["tensors"].items()},
+            below_floor=tuple(map(str, value.get("below_floor", ()))),
             shards=tuple(read_file_record(record) for record in value["shards"]),
             files=tuple(read_file_record(record) for record in value["files"]),
         )

@@ -12,10 +12,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nxdi_expertscale.checkpoint.json_files import MAX_JSON_BYTES, render_json
+from nxdi_expertscale.checkpoint.read.files import MAX_HEADERS_BYTES
 from nxdi_expertscale.checkpoint.read.model import Model
 from nxdi_expertscale.checkpoint.read.scales import SCALE_SUFFIX
 from nxdi_expertscale.checkpoint.read.tensors import FP8, Weight, module_of
 from nxdi_expertscale.checkpoint.safetensors_format import NewTensor, lay_out
+from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.exclusions import is_excluded
 
@@ -105,6 +108,7 @@ class Plan:
         config: What ``config.json`` will hold.
         exclusions: Modules that stay in full precision: those that were requested, and those that
             NxDI cannot load quantized.
+        kept_by_source: Modules that a quantized source has in full precision, and that stay so.
         unused_exclusions: Requested ones that no module of the checkpoint has in its path.
     """
 
@@ -112,6 +116,7 @@ class Plan:
     index: Mapping[str, Any]
     config: Mapping[str, Any]
     exclusions: tuple[str, ...]
+    kept_by_source: tuple[str, ...]
     unused_exclusions: tuple[str, ...]
 
     @property
@@ -142,7 +147,7 @@ def make_plan(model: Model, modules_to_not_convert: Iterable[str], max_shard_byt
         ConfigurationError: An exclusion names a part of a fused weight.
     """
     requested = tuple(modules_to_not_convert)
-    exclusions = effective_exclusions(model, requested)
+    kept = kept_by_source(model)
     planned = plan_tensors(model, requested)
     shards = tuple(_plan_shards(planned, max_shard_bytes))
     weight_map = {name: shard.name for shard in shards for name in shard.offsets}
@@ -151,18 +156,55 @@ def make_plan(model: Model, modules_to_not_convert: Iterable[str], max_shard_byt
         shards=shards,
         index={"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         config=_output_config(model.config.raw, planned),
-        exclusions=exclusions,
+        exclusions=effective_exclusions(model, (*requested, *kept)),
+        kept_by_source=kept,
         unused_exclusions=tuple(_unused(requested, model)),
     )
 
 
 def plan_tensors(model: Model, modules_to_not_convert: Iterable[str]) -> list[PlannedTensor]:
     """Decide what is done with each tensor, in the order of the source; see :func:`make_plan`."""
-    exclusions = effective_exclusions(model, modules_to_not_convert)
+    exclusions = effective_exclusions(model, (*modules_to_not_convert, *kept_by_source(model)))
     full_precision = _HF_DTYPES.get(model.config.dtype or "", "BF16")
     return [
         _plan_tensor(weight, model.family, exclusions, full_precision) for weight in model.weights
     ]
+
+
+def check_readable(plan: Plan) -> None:
+    """Check that what is written stays within the limits of what is read.
+
+    Raises:
+        CheckpointError: It does not.
+    """
+    headers = sum(len(shard.header) for shard in plan.shards)
+    index, config = render_json(plan.index), render_json(plan.config)
+    if headers > MAX_HEADERS_BYTES or max(len(index), len(config)) > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"the names of the checkpoint's tensors with their scales take {headers} bytes of "
+            "headers, more than any real checkpoint needs; use the original checkpoint"
+        )
+
+
+def kept_by_source(model: Model) -> tuple[str, ...]:
+    """The modules that a quantized source has in full precision, as exclusions.
+
+    Who quantized it left them out on purpose (``ignore`` of compressed-tensors,
+    ``modules_to_not_convert`` of Hugging Face's FP8). A layer's experts are named together, where
+    none of them is quantized. Routers are never quantized, and not named.
+    """
+    if model.scheme is None:
+        return ()
+    family, names = model.family, dict[str, None]()
+    quantized = {w.expert.layer for w in model.weights if w.expert and w.scale is not None}
+    for weight in model.weights:
+        if not weight.is_linear or weight.scale or family.names.is_router_key(weight.name):
+            continue
+        if weight.expert is None:
+            names[weight.module.removeprefix("model.")] = None
+        elif weight.expert.layer not in quantized:
+            names[family.experts.format(layer=weight.expert.layer)] = None
+    return tuple(names)
 
 
 def effective_exclusions(model: Model, requested: Iterable[str]) -> tuple[str, ...]:
@@ -181,7 +223,7 @@ def _unused(exclusions: Iterable[str], model: Model) -> Iterator[str]:
 
 def tensors_to_quantize(model: Model, modules_to_not_convert: Iterable[str]) -> set[str]:
     """Names of the tensors that a plan with these exclusions quantizes; see :func:`make_plan`."""
-    exclusions = effective_exclusions(model, modules_to_not_convert)
+    exclusions = effective_exclusions(model, (*modules_to_not_convert, *kept_by_source(model)))
     return {
         weight.name
         for weight in model.weights

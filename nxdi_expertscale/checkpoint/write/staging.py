@@ -50,12 +50,14 @@ class ShardRecord:
         source_digests: Digest of each tensor of the source that it was made from, hexadecimal.
         source_identities: What the file system said of each file of the source that it was made
             from, by name; see :meth:`~nxdi_expertscale.sources.folder.Folder.identity`.
+        below_floor: Names of its weights with channels that the floor of the scale loses.
     """
 
     recipe: str
     file: FileRecord
     source_digests: dict[str, str]
     source_identities: dict[str, str]
+    below_floor: list[str]
 
 
 def digests_of_tensors(records: Iterable[ShardRecord]) -> dict[str, str]:
@@ -338,6 +340,7 @@ def _parse_record(content: bytes, shard: str) -> ShardRecord | None:
             read_file_record(value["file"]),
             {name: bytes.fromhex(text).hex() for name, text in value["source_digests"].items()},
             {name: str(text) for name, text in value["source_identities"].items()},
+            [str(name) for name in value["below_floor"]],
         )
     except (CheckpointError, KeyError, TypeError, AttributeError, ValueError):
         return None

@@ -145,6 +145,7 @@ class _OpenShard:
         self.plan = plan
         self.digests: dict[str, list[bytes]] = {}
         self.scale_digests: dict[str, str] = {}
+        self.below_floor: set[str] = set()
         self._identities = identities
         self._staging = staging
         self._chunks_left = 0
@@ -188,6 +189,7 @@ class _OpenShard:
             }
             | self.scale_digests,
             source_identities=self._identities,
+            below_floor=sorted(self.below_floor),
         )
         self._staging.finish(record)
         return record
@@ -228,5 +230,7 @@ def _convert_chunk(item: _WorkItem, converter: RowConverter) -> None:
     converted = converter.convert(item.planned, item.chunk.rows)
     digest = digests.digest(as_bytes(converted.stored))
     item.shard.digests[item.planned.name][item.chunk.number] = digest
+    if converted.is_below_floor:
+        item.shard.below_floor.add(item.planned.name)
     for name, rows in converted.outputs.items():
         item.write(name, rows)
