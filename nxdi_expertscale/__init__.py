@@ -4,7 +4,11 @@ Importing this package activates it: every installed plugin that ``NXDI_PLUGINS`
 in force. It imports neither torch nor NxDI; the patches are applied when NxDI is imported.
 """
 
-from __future__ import annotations
+# Before any other import, also that of __future__, which is a file like any other.
+from nxdi_expertscale import working_directory
+
+if working_directory.is_run_as_module():
+    working_directory.leave_off_path()
 
 from typing import TYPE_CHECKING, Any
 
