@@ -89,25 +89,26 @@ def make_checkpoint(folder: Path) -> None:
 # In a process that has NxDI's sources
 
 
-def settings(quantized: Path, *, expert_wise: bool) -> dict[str, Any]:
-    from tests.harness import running
-
+def settings(
+    nxdi: Any, quantized: Path, *, expert_wise: bool, tokens: int = TOKENS
+) -> dict[str, Any]:
+    """Keywords of ``MoENeuronConfig`` for the FP8 checkpoint and contexts of ``tokens``."""
     return {
-        **running.FP8,
+        **nxdi.FP8,
         "quantized_checkpoints_path": str(quantized),
-        "modules_to_not_convert": [running.ROUTER],
+        "modules_to_not_convert": [nxdi.ROUTER],
         "expert_wise_scale": expert_wise,
         "torch_dtype": torch.bfloat16,
-        "seq_len": TOKENS,
-        "max_context_length": TOKENS,
+        "seq_len": tokens,
+        "max_context_length": tokens,
     }
 
 
-def conversion(model: Path, quantized: Path) -> dict[str, float]:
+def conversion(
+    nxdi: Any, model: Path, quantized: Path, *, tokens: int = TOKENS
+) -> dict[str, float]:
     """Seconds of NxDI's converter, and of what is around it; the best of several runs."""
-    from tests.harness import running
-
-    module = sys.modules[running.application_cls(model).__module__]
+    module = sys.modules[nxdi.application_cls(model).__module__]
     patched: Any = getattr(module, CONVERTER)
     seconds: dict[str, list[float]] = {"upstream": [], "package": []}
 
@@ -130,7 +131,7 @@ def conversion(model: Path, quantized: Path) -> dict[str, float]:
     setattr(module, CONVERTER, timed)
     try:
         for _ in range(REPETITIONS):
-            running.convert(model, **settings(quantized, expert_wise=True))
+            nxdi.convert(model, **settings(nxdi, quantized, expert_wise=True, tokens=tokens))
     finally:
         setattr(module, CONVERTER, patched)
     return {name: min(values) for name, values in seconds.items()}
@@ -148,17 +149,17 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def forward(model: Path, quantized: Path) -> dict[str, dict[str, float]]:
+def forward(
+    nxdi: Any, model: Path, quantized: Path, *, tokens: int = TOKENS
+) -> dict[str, dict[str, float]]:
     """Seconds, operations and bytes of scales of the quantized experts, for each kind of scales."""
-    from tests.harness import running
-
     loaded = {
-        name: running.load(model, **settings(quantized, expert_wise=flag))
+        name: nxdi.load(model, **settings(nxdi, quantized, expert_wise=flag, tokens=tokens))
         for name, flag in (("expert_wise", True), ("per_channel", False))
     }
-    inputs = torch.randn(
-        1, TOKENS, LAYER["hidden_size"], generator=torch.Generator().manual_seed(1)
-    ).to(torch.bfloat16)
+    hidden_size = json.loads((model / "config.json").read_bytes())["hidden_size"]
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(1, tokens, hidden_size, generator=generator).to(torch.bfloat16)
     seconds: dict[str, list[float]] = {name: [] for name in loaded}
     for _ in range(REPETITIONS):
         for name, instance in loaded.items():
@@ -184,23 +185,20 @@ def forward(model: Path, quantized: Path) -> dict[str, dict[str, float]]:
 
 def child(task: str, release: str, model: Path, quantized: Path) -> dict[str, Any]:
     """One measurement, in a process that can import one release."""
-    targets.all_targets()[release].prepare()
     torch.set_num_threads(1)
     if task != "without":
         import nxdi_expertscale
 
         nxdi_expertscale.activate()
-    from tests.harness import ranks, running
-
-    with tempfile.TemporaryDirectory() as store, ranks.parallel_state(0, 1, Path(store, "rank")):
+    with targets.all_targets()[release].on_one_rank() as nxdi:
         if task == "conversion":
-            return conversion(model, quantized)
+            return conversion(nxdi, model, quantized)
         if task == "forward":
-            return forward(model, quantized)
-        chosen = settings(quantized, expert_wise=True)
+            return forward(nxdi, model, quantized)
+        chosen = settings(nxdi, quantized, expert_wise=True)
         if task == "without":
             del chosen["expert_wise_scale"]
-        running.convert(model, **chosen)
+        nxdi.convert(model, **chosen)
         # Kibibytes, on Linux
         return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 

@@ -52,9 +52,8 @@ print("STEP", time.perf_counter() - started)
 NXDI = """
 import sys, time
 from pathlib import Path
-from tests.harness.targets import Target
-upstream = Path(sys.argv[3])
-Target(upstream.name, (upstream / "nxdi" / "src", upstream / "nxd" / "src")).prepare()
+from tests.harness import targets
+targets.release(Path(sys.argv[3])).prepare()
 from tests.harness import running
 started = time.perf_counter()
 running.quantize(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -40,6 +40,7 @@ from rich.table import Table
 
 from nxdi_expertscale import cli
 from nxdi_expertscale.checkpoint import quantize
+from nxdi_expertscale.checkpoint.parallel import Progress
 from tests.harness import checkpoints
 
 INDEX = "model.safetensors.index.json"
@@ -92,27 +93,35 @@ class Outcome:
 
 
 def run_command(
-    begun: Event, src: Path, dst: Path, prepare: Callable[..., None], *arguments: Any
+    begun: Event, src: Path, dst: Path, prepare: Callable[..., Progress | None], *arguments: Any
 ) -> None:
-    """A run in a process of its own: disturbed from within by ``prepare``."""
+    """A run in a process of its own: disturbed from within by ``prepare``, or by what it gives."""
     errors = os.open(dst.parent / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(errors, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     make = quantize.quantize_checkpoint
 
-    def in_small_files(*places: Any, **settings: Any) -> Any:
+    def in_small_files(*places: Any, progress: Progress, **settings: Any) -> Any:
         begun.set()
-        return make(*places, max_shard_bytes=SHARD_BYTES, **settings)
+
+        def disturb_and_report(done: int, total: int) -> None:
+            if disturb is not None:
+                disturb(done, total)
+            progress(done, total)
+
+        return make(*places, max_shard_bytes=SHARD_BYTES, progress=disturb_and_report, **settings)
 
     from nxdi_expertscale import checkpoint
 
     checkpoint.quantize_checkpoint = in_small_files
-    prepare(*arguments)
+    disturb = prepare(*arguments)
     cli.main([*OURS, str(src), str(dst)])
 
 
-def started(ground: Ground, prepare: Callable[..., None], *arguments: Any) -> tuple[Any, Event]:
+def started(
+    ground: Ground, prepare: Callable[..., Progress | None], *arguments: Any
+) -> tuple[Any, Event]:
     """The process of a run, and what it sets when the command begins."""
     context = multiprocessing.get_context("forkserver")
     begun = context.Event()
@@ -123,7 +132,7 @@ def started(ground: Ground, prepare: Callable[..., None], *arguments: Any) -> tu
     return process, begun
 
 
-def finished(ground: Ground, prepare: Callable[..., None], *arguments: Any) -> int:
+def finished(ground: Ground, prepare: Callable[..., Progress | None], *arguments: Any) -> int:
     process, _ = started(ground, prepare, *arguments)
     process.join()
     return int(process.exitcode)
@@ -187,9 +196,9 @@ def on_a_full_disk(ground: Ground) -> int:
     size = sum(map(len, ground.right[0].values()))
     disk = ground.folder / "disk"
     disk.mkdir()
-    pages = ground.chance.randint(1, 2 * size // 4096)
-    have = 2 * size // 4096 + 60 if ground.older else 0
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={(pages + have) * 4096}", "tmpfs", str(disk)]
+    # Room for the older one and a new one; another process then takes it, but for a part.
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={4 * size + 60 * 4096}", "tmpfs", str(disk)]
+    left = ground.chance.randint(0, 2 * size)
     subprocess.run(mount, check=True)
     try:
         if ground.older:
@@ -198,7 +207,7 @@ def on_a_full_disk(ground: Ground) -> int:
         (disk / "src").symlink_to(ground.src)
         # The message has room.
         (disk / "stderr").symlink_to(ground.folder / "stderr")
-        status = finished(copy, _no_look_at_space)
+        status = finished(copy, _fill_disk, disk / "other", left)
         shutil.rmtree(ground.dst, ignore_errors=True)
         if (disk / "dst").exists():
             shutil.copytree(disk / "dst", ground.dst)
@@ -207,9 +216,15 @@ def on_a_full_disk(ground: Ground) -> int:
     return status
 
 
-def _no_look_at_space() -> None:
-    """As if another process filled the disk after it was looked at."""
-    quantize.check_space = lambda *_: None  # type: ignore[assignment]
+def _fill_disk(path: Path, left: int) -> Progress:
+    """As another process would after space was looked at: fill the disk but for some bytes."""
+
+    def fill(_done: int, _total: int) -> None:
+        taken = shutil.disk_usage(path.parent).free - left
+        if not path.exists() and taken > 0:
+            path.write_bytes(bytes(taken))
+
+    return fill
 
 
 def without_permission(ground: Ground) -> int:
@@ -254,16 +269,12 @@ def _negated(content: bytes) -> bytes:
     return bytes(data)
 
 
-def _change_after(path: Path, kind: str, part: float, content: bytes) -> None:
-    from nxdi_expertscale.checkpoint.parallel import Meter
-
-    add = Meter.add
+def _change_after(path: Path, kind: str, part: float, content: bytes) -> Progress:
     changed = False
 
-    def add_and_change(meter: Any, nbytes: int) -> None:
+    def change(done: int, total: int) -> None:
         nonlocal changed
-        add(meter, nbytes)
-        if not changed and meter._done >= part * meter._total:
+        if not changed and done >= part * total:
             changed = True
             if kind == "cut":
                 os.truncate(path, path.stat().st_size // 2)
@@ -274,7 +285,7 @@ def _change_after(path: Path, kind: str, part: float, content: bytes) -> None:
                 new.write_bytes(content)
                 new.replace(path)
 
-    Meter.add = add_and_change  # type: ignore[method-assign]
+    return change
 
 
 FAULTS: dict[str, Callable[[Ground], int]] = {

@@ -13,7 +13,6 @@ without ``expert_wise_scale``.
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,23 @@ from tests.harness import targets
 WINDOWS = "windows"
 
 
-def logits(model: Path, quantized: Path, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+def logits(
+    nxdi: Any, model: Path, quantized: Path, windows: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Logits of the token after each window, by the names that this program writes.
 
-    NxDI is importable, and its parallel state is that of one rank.
+    Args:
+        nxdi: :mod:`tests.harness.running`, on one rank.
+        model: Folder of the original.
+        quantized: Folder of the FP8 checkpoint.
+        windows: Tokens, ``[count, length]``.
     """
-    from tests.harness import running
-
     length = windows.shape[1]
     bucket = {"seq_len": length, "max_context_length": length}
     fp8: dict[str, Any] = {
-        **running.FP8,
+        **nxdi.FP8,
         "quantized_checkpoints_path": str(quantized),
-        "modules_to_not_convert": [running.ROUTER],
+        "modules_to_not_convert": [nxdi.ROUTER],
     }
     settings: dict[str, dict[str, Any]] = {
         "original": {},
@@ -47,18 +50,15 @@ def logits(model: Path, quantized: Path, windows: torch.Tensor) -> dict[str, tor
     }
     found = {}
     for name, chosen in settings.items():
-        loaded = running.load(model, **bucket, **chosen)
+        loaded = nxdi.load(model, **bucket, **chosen)
         found[name] = torch.cat([loaded.logits(window[None]).float() for window in windows])
     return found
 
 
 def main(release: str, model: Path, quantized: Path, windows: Path, out: Path) -> None:
-    targets.all_targets()[release].prepare()
-    from tests.harness import ranks
-
     batch = load_file(windows)[WINDOWS]
-    with tempfile.TemporaryDirectory() as store, ranks.parallel_state(0, 1, Path(store, "rank")):
-        save_file(logits(model, quantized, batch), out)
+    with targets.all_targets()[release].on_one_rank() as nxdi:
+        save_file(logits(nxdi, model, quantized, batch), out)
 
 
 if __name__ == "__main__":

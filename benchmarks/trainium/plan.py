@@ -16,7 +16,6 @@ TASKS = ("ifeval", "truthfulqa_gen")
 LIMIT = 100
 INPUT_TOKENS = OUTPUT_TOKENS = 128
 PROMPTS = 100
-PORT = 8000
 
 DEVICE_SWITCHES = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
 """What FP8 needs on the device; NxDI's inference_demo sets them, vLLM-Neuron 0.2 does not."""
@@ -37,8 +36,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers at :data:`PORT`."""
+    """A server, and the port at which it answers."""
 
+    port: int
     command: tuple[str, ...]
     environment: dict[str, str]
     log: Path
@@ -74,12 +74,14 @@ class Setup:
         work: Folder for everything that is made.
         tp_degree: Tensor parallel degree; 4 logical cores are all of a trn2.3xlarge.
         max_model_len: Longest sequence. IFEval asks for up to 1280 tokens.
+        port: Where the servers answer, one after the other.
     """
 
     model: Path
     work: Path
     tp_degree: int = 4
     max_model_len: int = 2048
+    port: int = 8000
 
     @property
     def quantized(self) -> Path:
@@ -116,7 +118,7 @@ def steps(setup: Setup) -> list[Step]:
 def _measure(setup: Setup, variant: Variant) -> list[Step]:
     folder = setup.work / variant.name
     server = _server(setup, variant, folder)
-    url = f"http://127.0.0.1:{PORT}"
+    url = f"http://127.0.0.1:{setup.port}"
     answers = ",".join(
         [
             f"model={setup.model}",
@@ -153,7 +155,7 @@ def _measure(setup: Setup, variant: Variant) -> list[Step]:
 
 
 def _server(setup: Setup, variant: Variant, folder: Path) -> Server:
-    command = ["vllm", "serve", str(setup.model), "--port", str(PORT)]
+    command = ["vllm", "serve", str(setup.model), "--port", str(setup.port)]
     command += ["--tensor-parallel-size", str(setup.tp_degree), "--max-num-seqs", "1"]
     command += ["--max-model-len", str(setup.max_model_len), "--no-enable-prefix-caching"]
     command += ["--additional-config", json.dumps({"override_neuron_config": variant.override})]
@@ -161,4 +163,4 @@ def _server(setup: Setup, variant: Variant, folder: Path) -> Server:
     environment = {"NEURON_COMPILED_ARTIFACTS": str(folder / "compiled")}
     if variant.override:
         environment |= DEVICE_SWITCHES
-    return Server(tuple(command), environment, folder / "server.log")
+    return Server(setup.port, tuple(command), environment, folder / "server.log")

@@ -32,14 +32,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.trainium.checks import Outcome, examine
-from benchmarks.trainium.plan import PORT, Server, Setup, Step, steps, variants
+from benchmarks.trainium.checks import Needs, Outcome, examine
+from benchmarks.trainium.plan import Server, Setup, Step, steps, variants
 from nxdi_expertscale.errors import ExpertScaleError
 
 START_SECONDS = 3 * 3600
 """How long a server may take to compile and load."""
 
-_POLL_SECONDS = 2.0
+_POLL_SECONDS = 0.2
+
+DEVICE_HOST = Needs()
 
 SEED: Mapping[str, tuple[str, str, str]] = {
     "bfloat16": ("-", "-", "-"),
@@ -104,7 +106,7 @@ def _wait_until_it_answers(process: subprocess.Popen[bytes], server: Server) -> 
         if process.poll() is not None:
             raise RunError(f"the server ended with status {process.returncode}; see {server.log}")
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5):
+            with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(_POLL_SECONDS)
@@ -162,10 +164,10 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _check(setup: Setup, console: Console) -> set[Outcome]:
+def _check(setup: Setup, needs: Needs, console: Console) -> set[Outcome]:
     found = Table(box=None, show_header=False)
     outcomes = set()
-    for check in examine(setup):
+    for check in examine(setup, needs):
         found.add_row(check.outcome.value, check.name, check.detail)
         outcomes.add(check.outcome)
     console.print(found)
@@ -182,21 +184,32 @@ def _print_commands(setup: Setup) -> None:
             print(f"{shlex.join(step.command)}{note}")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, needs: Needs = DEVICE_HOST) -> int:
+    """Run the command line; its status.
+
+    Args:
+        arguments: The command's, by default those of the process.
+        needs: What the runs need of this host.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="the folder of Qwen3-30B-A3B in bfloat16")
     parser.add_argument("work", type=Path, help="folder for everything that is made")
     parser.add_argument("--tp-degree", type=int, default=4)
     parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--port", type=int, default=8000, help="where the server answers")
     parser.add_argument("--dry-run", action="store_true", help="check, and print every command")
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     options = parser.parse_args(arguments)
     setup = Setup(
-        options.model.absolute(), options.work.absolute(), options.tp_degree, options.max_model_len
+        options.model.absolute(),
+        options.work.absolute(),
+        options.tp_degree,
+        options.max_model_len,
+        options.port,
     )
     console = Console(soft_wrap=True)
     try:
-        outcomes = _check(setup, console)
+        outcomes = _check(setup, needs, console)
         if options.dry_run:
             _print_commands(setup)
             return 1 if Outcome.BAD in outcomes else 0

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from tests.harness import standins
 
@@ -45,13 +49,26 @@ class Target:
         standins.install()
         sys.path[:0] = [str(path) for path in self.paths]
 
+    @contextmanager
+    def on_one_rank(self) -> Iterator[ModuleType]:
+        """Prepare it; gives :mod:`tests.harness.running`, with NxD's parallel state of one rank."""
+        self.prepare()
+        from tests.harness import ranks, running
+
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            ranks.parallel_state(0, 1, Path(folder, "store")),
+        ):
+            yield running
+
 
 def _upstream_folder() -> Path | None:
     value = os.environ.get(UPSTREAM_VARIABLE)
     return Path(value).resolve() if value else None
 
 
-def _release(folder: Path) -> Target | None:
+def release(folder: Path) -> Target | None:
+    """The release whose sources a folder holds, as ``nxdi/src`` and ``nxd/src``, if it does."""
     paths = (folder / "nxdi" / "src", folder / "nxd" / "src")
     return Target(folder.name, paths) if all(path.is_dir() for path in paths) else None
 
@@ -65,8 +82,8 @@ def all_targets() -> dict[str, Target]:
     found = {DOUBLE: Target(DOUBLE, (Path(__file__).parents[1] / "upstream" / "double",))}
     folder = _upstream_folder()
     if folder is not None:
-        releases = [_release(child) for child in sorted(folder.glob("*.*"))]
-        found |= {release.name: release for release in releases if release is not None}
+        releases = [release(child) for child in sorted(folder.glob("*.*"))]
+        found |= {target.name: target for target in releases if target is not None}
         if len(found) == 1:
             raise FileNotFoundError(
                 f"{UPSTREAM_VARIABLE}={folder} holds no release, such as 0.9/nxdi/src and "

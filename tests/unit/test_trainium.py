@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +34,8 @@ class Health(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-http.server.HTTPServer(("127.0.0.1", int(os.environ["PORT_"])), Health).serve_forever()
+port = int(arguments[arguments.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
 """
 
 LM_EVAL = """
@@ -74,9 +78,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Host:
+    """A host that has all that is asked for.
+
+    Attributes:
+        file: In which the programs note their calls.
+        port: An unused one.
+        needs: What is asked for.
+    """
+
+    file: Path
+    port: int
+    needs: checks.Needs
+
+    def run(self, *arguments: object, **needs: Any) -> int:
+        """Run the script; ``needs`` is what differs from :attr:`needs`."""
+        command = [*map(str, arguments), "--port", str(self.port)]
+        return run.main(command, replace(self.needs, **needs))
+
+    def calls(self) -> list[str]:
+        return self.file.read_text().splitlines()
+
+
 @pytest.fixture
-def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unused_port: int) -> Path:
-    """A host that has all that is asked for; gives the file in which calls are noted."""
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     programs = tmp_path / "bin"
     programs.mkdir()
     _program(programs, "vllm", VLLM)
@@ -86,127 +112,108 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unused_port: int) ->
     calls.touch()
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("CALLS", str(calls))
-    monkeypatch.setenv("PORT_", str(unused_port))
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(run, "PORT", unused_port)
-    monkeypatch.setattr(run, "_POLL_SECONDS", 0.05)
-    monkeypatch.setattr(checks, "DEVICE", tmp_path)
-    monkeypatch.setattr(checks, "PACKAGES", ())
-    good = checks.Outcome.GOOD
-    monkeypatch.setattr(
-        checks, "_configuration", lambda _, variant: checks.Check(variant.name, good, "")
+    needs = checks.Needs(
+        device=tmp_path,
+        packages=(),
+        check_configuration=lambda _, variant: checks.Check(variant.name, checks.Outcome.GOOD, ""),
     )
-    return calls
+    return Host(calls, _unused_port(), needs)
 
 
-@pytest.fixture
-def unused_port() -> int:
-    import socket
-
+def _unused_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]
         return port
 
 
-def _calls(device: Path) -> list[str]:
-    return device.read_text().splitlines()
-
-
 def test_all_three_are_measured_one_after_the_other(
-    model: Path, device: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = run.main([str(model), str(tmp_path / "work"), "--json", str(tmp_path / "f.json")])
+    status = host.run(model, tmp_path / "work", "--json", tmp_path / "f.json")
 
     table = capsys.readouterr().out
     assert status == 0
-    assert _calls(device) == ALL_CALLS
+    assert host.calls() == ALL_CALLS
     assert table.count("0.5 / ") == 3 and "0.5 / 0.405" in table and "50 / 58.7" in table
     assert (tmp_path / "f.json").read_text().count("0.25") == 3
 
 
 def test_what_is_done_is_not_done_again(
     model: Path,
-    device: Path,
+    host: Host,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    work = str(tmp_path / "work")
+    work = tmp_path / "work"
     with monkeypatch.context() as broken:
         broken.setenv("BROKEN", "lm_eval")
-        assert run.main([str(model), work]) == 1
-    assert _calls(device) == ALL_CALLS[:2]
+        assert host.run(model, work) == 1
+    assert host.calls() == ALL_CALLS[:2]
     assert "bfloat16: answers: status 1" in capsys.readouterr().err
 
-    assert run.main([str(model), work]) == 0
-    assert _calls(device) == ALL_CALLS[:2] + ALL_CALLS
-    assert run.main([str(model), work]) == 0
-    assert _calls(device) == ALL_CALLS[:2] + ALL_CALLS
+    assert host.run(model, work) == 0
+    assert host.calls() == ALL_CALLS[:2] + ALL_CALLS
+    assert host.run(model, work) == 0
+    assert host.calls() == ALL_CALLS[:2] + ALL_CALLS
 
 
 def test_server_that_ends_is_told(
     model: Path,
-    device: Path,
+    host: Host,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("BROKEN", "serve")
 
-    assert run.main([str(model), str(tmp_path / "work")]) == 1
+    assert host.run(model, tmp_path / "work") == 1
     assert "the server ended with status 3" in capsys.readouterr().err
 
 
 def test_dry_run_prints_every_command_and_starts_none(
-    model: Path, device: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work = tmp_path / "work"
 
-    assert run.main([str(model), str(work), "--dry-run"]) == 0
+    assert host.run(model, work, "--dry-run") == 0
 
     printed = capsys.readouterr().out
     setup = Setup(model, work)
     assert all(" ".join(step.command[:3]) in printed for step in steps(setup))
     assert printed.count("vllm serve") == 3
     assert '"expert_wise_scale": true' in printed and '"expert_wise_scale": false' in printed
-    assert not work.exists() and _calls(device) == []
+    assert not work.exists() and host.calls() == []
 
 
 def test_dry_run_goes_on_without_a_device_and_a_run_does_not(
-    model: Path,
-    device: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    model: Path, host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(checks, "DEVICE", tmp_path / "no-device")
+    nowhere = tmp_path / "no-device"
 
-    assert run.main([str(model), str(tmp_path / "work"), "--dry-run"]) == 0
+    assert host.run(model, tmp_path / "work", "--dry-run", device=nowhere) == 0
     assert "absent" in capsys.readouterr().out
-    assert run.main([str(model), str(tmp_path / "work")]) == 1
-    assert _calls(device) == []
+    assert host.run(model, tmp_path / "work", device=nowhere) == 1
+    assert host.calls() == []
 
 
-def test_too_little_disk_is_bad(
-    model: Path, device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checks, "_COMPILED_BYTES", 1 << 60)
-
-    assert run.main([str(model), str(tmp_path / "work"), "--dry-run"]) == 1
+def test_too_little_disk_is_bad(model: Path, host: Host, tmp_path: Path) -> None:
+    assert host.run(model, tmp_path / "work", "--dry-run", compiled_bytes=1 << 60) == 1
 
 
 def test_model_that_is_quantized_already_is_bad(
-    model: Path, device: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quantize_checkpoint(model, tmp_path / "fp8")
 
-    assert run.main([str(tmp_path / "fp8"), str(tmp_path / "work"), "--dry-run"]) == 1
+    assert host.run(tmp_path / "fp8", tmp_path / "work", "--dry-run") == 1
     assert "compressed-tensors FP8; name the one in bfloat16" in capsys.readouterr().out
 
 
 def test_no_model_is_a_bad_request(
-    device: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run.main([str(tmp_path / "none"), str(tmp_path / "work"), "--dry-run"]) == 2
+    assert host.run(tmp_path / "none", tmp_path / "work", "--dry-run") == 2
     assert "is not a folder" in capsys.readouterr().err

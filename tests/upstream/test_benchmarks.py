@@ -28,7 +28,7 @@ def test_nxdi_and_the_reference_have_the_same_logits(nxdi: Any, moe: Path, fp8: 
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(1, 128, (3, models.SEQUENCE), generator=generator)
 
-    found = through_nxdi.logits(moe, fp8, windows)
+    found = through_nxdi.logits(nxdi, moe, fp8, windows)
 
     expected = accuracy.reference_logits(moe, fp8, windows)
     assert found.keys() == expected.keys()
@@ -40,7 +40,7 @@ def test_nxdi_and_the_reference_have_the_same_logits(nxdi: Any, moe: Path, fp8: 
 def test_configurations_for_the_device_are_made(one_rank: None, moe: Path, tmp_path: Path) -> None:
     setup = Setup(moe, tmp_path, tp_degree=2, max_model_len=64)
 
-    found = [checks._configuration(setup, variant) for variant in variants(setup)]
+    found = [checks.check_configuration(setup, variant) for variant in variants(setup)]
 
     assert [check.outcome for check in found] == [checks.Outcome.GOOD] * 3
 
@@ -49,20 +49,15 @@ def test_configuration_that_nxdi_refuses_is_bad(one_rank: None, moe: Path, tmp_p
     setup = Setup(moe, tmp_path, tp_degree=2, max_model_len=64)
     override = {**variants(setup)[1].override, "quantization_type": "per_tensor_symmetric"}
 
-    found = checks._configuration(setup, Variant("wrong", override))
+    found = checks.check_configuration(setup, Variant("wrong", override))
 
     assert found.outcome is checks.Outcome.BAD
     assert "per_channel_symmetric" in found.detail
 
 
-def test_overhead_is_measured(
-    nxdi: Any, moe: Path, fp8: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(overhead, "TOKENS", models.SEQUENCE)
-    monkeypatch.setitem(overhead.LAYER, "hidden_size", models.HIDDEN_SIZE)
-
-    seconds = overhead.conversion(moe, fp8)
-    layer = overhead.forward(moe, fp8)
+def test_overhead_is_measured(nxdi: Any, moe: Path, fp8: Path) -> None:
+    seconds = overhead.conversion(nxdi, moe, fp8, tokens=models.SEQUENCE)
+    layer = overhead.forward(nxdi, moe, fp8, tokens=models.SEQUENCE)
 
     assert min(seconds.values()) > 0
     own, shared = layer["expert_wise"], layer["per_channel"]
