@@ -81,7 +81,7 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> dict[str, torch.Tensor]:
-        from nxdi_expertscale.checkpoint.write.manifest import names_within_range
+        from nxdi_expertscale.checkpoint.finished import checked_tensors
         from nxdi_expertscale.loading.conversion import put_in_scales, take_out_scales
 
         state_dict, config, *_rest = inspect.signature(wrapped).bind(*args, **kwargs).args
@@ -103,7 +103,7 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
                 family,
                 settings,
                 quantized_dtype=quantized_dtype(neuron_config),
-                checked_tensors=names_within_range(settings.quantized_checkpoints_path),
+                checked_tensors=checked_tensors(settings.quantized_checkpoints_path),
             )
         converted = wrapped(*args, **kwargs)
         with seams.layout_errors(seams.state_dict(family)):
