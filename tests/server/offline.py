@@ -1,0 +1,28 @@
+"""A program that answers with ``vllm.LLM``: ``python -m tests.server.offline``.
+
+It reads ``{"engine": {…}, "prompts": [[…], …], "tokens": N}`` from standard input, the keywords of
+``vllm.LLM``, prompts as token ids and how many tokens to give, and writes the tokens of each
+prompt as the last line of its output.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+def main() -> None:
+    """Answer, greedily."""
+    from vllm import LLM, SamplingParams
+
+    task: dict[str, Any] = json.load(sys.stdin)
+    engine = LLM(**task["engine"])
+    sampling = SamplingParams(temperature=0.0, max_tokens=task["tokens"], ignore_eos=True)
+    prompts = [{"prompt_token_ids": prompt} for prompt in task["prompts"]]
+    answers = engine.generate(prompts, sampling, use_tqdm=False)
+    print(json.dumps([list(answer.outputs[0].token_ids) for answer in answers]))
+
+
+if __name__ == "__main__":
+    main()
