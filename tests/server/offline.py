@@ -1,14 +1,15 @@
 """A program that answers with ``vllm.LLM``: ``python -m tests.server.offline``.
 
-It reads ``{"engine": {…}, "prompts": [[…], …], "tokens": N}`` from standard input, the keywords of
-``vllm.LLM``, prompts as token ids and how many tokens to give, and writes the tokens of each
-prompt as the last line of its output.
+It reads ``{"engine": {…}, "prompts": [[…], …], "tokens": N, "answer": "FILE"}`` from standard input:
+the keywords of ``vllm.LLM``, prompts as token ids, how many tokens to give, and where to write the
+tokens of each prompt.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -21,7 +22,8 @@ def main() -> None:
     sampling = SamplingParams(temperature=0.0, max_tokens=task["tokens"], ignore_eos=True)
     prompts = [{"prompt_token_ids": prompt} for prompt in task["prompts"]]
     answers = engine.generate(prompts, sampling, use_tqdm=False)
-    print(json.dumps([list(answer.outputs[0].token_ids) for answer in answers]))
+    tokens = [list(answer.outputs[0].token_ids) for answer in answers]
+    Path(task["answer"]).write_text(json.dumps(tokens))
 
 
 if __name__ == "__main__":
