@@ -83,6 +83,7 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
     ) -> dict[str, torch.Tensor]:
         from nxdi_expertscale.checkpoint.finished import checked_tensors
         from nxdi_expertscale.loading.conversion import put_in_scales, take_out_scales
+        from nxdi_expertscale.loading.report import report_experts
 
         state_dict, config, *_rest = inspect.signature(wrapped).bind(*args, **kwargs).args
         neuron_config = getattr(config, "neuron_config", None)
@@ -108,6 +109,11 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
         converted = wrapped(*args, **kwargs)
         with seams.layout_errors(seams.state_dict(family)):
             put_in_scales(converted, layers, family, settings)
+        report_experts(
+            layers,
+            settings.quantized_checkpoints_path,
+            expert_wise=settings.keeps_scales_apart,
+        )
         return converted
 
     return convert

@@ -11,13 +11,23 @@ import pytest
 import torch
 
 import nxdi_expertscale
+from tests.harness import targets
 from tests.server import served
-from tests.server.releases import RELEASES, Release
+from tests.server.releases import RELEASES, VLLM_VARIABLE, Release
 
 WAYS = ("expert-wise", "averaged", "unquantized")
 """How the experts are served."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def pytest_configure() -> None:
+    if all(release.missing for release in RELEASES):
+        missing = sorted({str(path) for release in RELEASES for path in release.missing})
+        raise pytest.UsageError(
+            f"{targets.UPSTREAM_VARIABLE} and {VLLM_VARIABLE} name no release that can be served "
+            f"(tests/server/releases.py says what they hold); missing: {', '.join(missing)}"
+        )
 
 
 @pytest.fixture(scope="session", params=RELEASES, ids=lambda release: release.vllm_neuron)

@@ -135,7 +135,9 @@ class Runtime:
                     return self._cores.run(tag, graph.shapes.index(shapes), inputs)
                 except RuntimeError as failure:
                     # NxDI ignores a RuntimeError while it warms up.
-                    raise DeviceError(f"{tag} failed for inputs of the shapes {shapes}") from failure
+                    raise DeviceError(
+                        f"{tag} failed for inputs of the shapes {shapes}"
+                    ) from failure
         raise DeviceError(f"nothing was compiled for inputs of the shapes {shapes}")
 
 
@@ -169,9 +171,7 @@ class Core:
 class RemoteCores:
     """A process for each core of a tensor-parallel model; they run in step."""
 
-    def __init__(
-        self, compiled: CompiledModel, weights: Sequence[dict[str, torch.Tensor]]
-    ) -> None:
+    def __init__(self, compiled: CompiledModel, weights: Sequence[dict[str, torch.Tensor]]) -> None:
         context = multiprocessing.get_context("spawn")
         store = Path(tempfile.mkdtemp(prefix="cores-")) / "store"
         self._connections: list[Connection] = []

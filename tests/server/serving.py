@@ -23,7 +23,7 @@ _LIMIT = 1500
 """Seconds after which a server is given up. It is waited for as long as it lives."""
 
 
-class ServerEnded(Exception):
+class ServerEndedError(Exception):
     """A server ended, or did not answer, before it was ready; the message is its log."""
 
 
@@ -99,7 +99,7 @@ def serve(
         model: The model's name in requests.
 
     Raises:
-        ServerEnded: It ended before it was ready.
+        ServerEndedError: It ended before it was ready.
     """
     port = free_port()
     log = folder / f"server-{port}.log"
@@ -124,7 +124,7 @@ def _wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _LIMIT
     while not _is_ready(server):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise ServerEnded(server.log.read_text(errors="replace")[-20_000:])
+            raise ServerEndedError(server.log.read_text(errors="replace")[-20_000:])
         time.sleep(0.5)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def ask(host: Host, model: Path, settings: dict[str, Any], **engine: Any) -> lis
         capture_output=True,
         text=True,
         timeout=_LIMIT,
+        check=False,
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-20_000:]
     (host.folder / "server.log").write_text(result.stdout + result.stderr)
@@ -57,7 +59,7 @@ def test_llm_gives_hugging_faces_tokens(
     answers: Answers,
     way: str,
     dtype: str,
-    record_property: pytest.RecordProperty,
+    record_property: Callable[[str, object], None],
 ) -> None:
     tokens = ask(host, moe, override(way, fp8), dtype=dtype)
 
@@ -85,8 +87,6 @@ def test_draft_and_target(host: Host, moe: Path, fp8: Path, answers: Answers) ->
 
 
 def test_tensor_parallel(host: Host, moe: Path, fp8: Path, answers: Answers) -> None:
-    tokens = ask(
-        host, moe, override("expert-wise", fp8), dtype="float32", tensor_parallel_size=2
-    )
+    tokens = ask(host, moe, override("expert-wise", fp8), dtype="float32", tensor_parallel_size=2)
 
     assert tokens == answers.of("expert-wise", "float32")

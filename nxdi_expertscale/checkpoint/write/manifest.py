@@ -5,6 +5,7 @@ It is written last, so a folder that has one is finished.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,12 @@ class Manifest:
     below_floor: tuple[str, ...]
     shards: tuple[FileRecord, ...]
     files: tuple[FileRecord, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the names and digests of all files: the same for the same contents."""
+        files = sorted(f"{file.name} {file.blake3}\n" for file in (*self.shards, *self.files))
+        return hashlib.sha256("".join(files).encode()).hexdigest()
 
     def to_json(self) -> bytes:
         """The manifest as the bytes of its file."""
