@@ -15,7 +15,22 @@ from nxdi_expertscale.loading.expert_scales import LayerScales
 from nxdi_expertscale.loading.report import report_experts
 
 _FILES = (FileRecord("model-00001-of-00001.safetensors", 10, "ab"),)
-_MANIFEST = Manifest("0.1.0", "qwen3_moe", (), (), {}, _FILES, ())
+
+
+def manifest(version: str, *shards: FileRecord) -> Manifest:
+    return Manifest(
+        version=version,
+        model_type="qwen3_moe",
+        modules_to_not_convert=(),
+        below_floor=(),
+        source=(),
+        tensors={},
+        shards=shards,
+        files=(),
+    )
+
+
+_MANIFEST = manifest("0.1.0", *_FILES)
 
 
 def layers(number: int, experts: int) -> list[LayerScales]:
@@ -58,8 +73,8 @@ def test_dense_model_has_no_line(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_digest_is_of_the_contents() -> None:
-    other = Manifest("0.2.0", "qwen3_moe", (), (), {}, _FILES, ())
-    changed = Manifest("0.1.0", "qwen3_moe", (), (), {}, (FileRecord("model", 10, "ac"),), ())
+    other = manifest("0.2.0", *_FILES)
+    changed = manifest("0.1.0", FileRecord("model", 10, "ac"))
 
     assert other.digest == _MANIFEST.digest != changed.digest
 
