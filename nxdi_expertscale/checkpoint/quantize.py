@@ -40,6 +40,7 @@ from nxdi_expertscale.checkpoint.write.provenance import (
 from nxdi_expertscale.checkpoint.write.staging import Staging, digests_of_tensors
 from nxdi_expertscale.checkpoint.write.stream import write_shards
 from nxdi_expertscale.errors import ConfigurationError
+from nxdi_expertscale.families.exclusions import parse_exclusions
 from nxdi_expertscale.version import __version__
 
 MAX_SHARD_BYTES = 1_000_000_000
@@ -60,7 +61,6 @@ class QuantizationResult:
         shards: Number of files of weights.
         resumed_shards: How many of them an earlier run had finished.
         modules_to_not_convert: Modules that were left in full precision.
-        unused_exclusions: Names in it that no module of the checkpoint has in its path.
         below_floor: Weights with channels so small that the floor of the scale, 1e-5, loses them.
     """
 
@@ -72,7 +72,6 @@ class QuantizationResult:
     shards: int
     resumed_shards: int
     modules_to_not_convert: tuple[str, ...]
-    unused_exclusions: tuple[str, ...]
     below_floor: tuple[str, ...]
 
 
@@ -178,7 +177,6 @@ def quantize_checkpoint(
         shards=len(plan.shards),
         resumed_shards=resumed,
         modules_to_not_convert=plan.exclusions,
-        unused_exclusions=plan.unused_exclusions,
         below_floor=below_floor,
     )
 
@@ -203,14 +201,7 @@ def _write_other_files(
 def _check_settings(
     modules_to_not_convert: Sequence[str], workers: int | None, max_shard_bytes: int
 ) -> None:
-    if isinstance(modules_to_not_convert, str):
-        raise ConfigurationError(
-            "modules_to_not_convert: is one string; give a list of module names"
-        )
-    if not all(name.strip() for name in modules_to_not_convert):
-        raise ConfigurationError(
-            "modules_to_not_convert: an empty name would exclude every module; remove it"
-        )
+    parse_exclusions(modules_to_not_convert)
     if workers is not None and workers < 1:
         raise ConfigurationError(f"workers: {workers} threads do nothing; give 1 or more")
     if max_shard_bytes < 1:

@@ -188,11 +188,6 @@ def quantize(
             overwrite=overwrite,
             progress=progress,
         )
-    if result.unused_exclusions:
-        print_message(
-            f"--modules-to-not-convert: no module of {src} is named "
-            f"{tables.listed(list(map(repr, result.unused_exclusions)))}"
-        )
     try:
         print_report(to_json(result) if as_json else tables.quantization_summary(result))
     except OSError as error:

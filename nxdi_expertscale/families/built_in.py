@@ -8,6 +8,7 @@ from nxdi_expertscale.families.built_in_limits import (
     QWEN3_MOE_LIMITS,
 )
 from nxdi_expertscale.families.declaration import DecoderTraits, MoEFamily, Stacking
+from nxdi_expertscale.families.linears import attention_linears
 
 QWEN3_MOE = MoEFamily(
     name="qwen3_moe",
@@ -48,6 +49,9 @@ LLAMA4 = MoEFamily(
     experts="language_model.model.layers.{layer}.feed_forward.experts",
     router="language_model.model.layers.{layer}.feed_forward.router",
     expert_mlps="layers.{layer}.feed_forward.moe.expert_mlps",
+    renamed_linears=attention_linears(
+        "language_model.model.layers.{layer}.self_attn", "layers.{layer}.self_attn"
+    ),
     embeddings="language_model.model.embed_tokens",
     final_norm="language_model.model.norm",
     head="language_model.lm_head",

@@ -14,6 +14,7 @@ from typing import Any
 from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.families.config_fields import first_int
 from nxdi_expertscale.families.limits import Limit, ReachedLimit, find_reached
+from nxdi_expertscale.families.linears import RenamedLinear, attention_linears
 from nxdi_expertscale.families.tensor_names import TensorNames
 
 GATE_UP = "gate_up_proj"
@@ -64,6 +65,8 @@ class MoEFamily:
         experts: Path of a layer's experts in a checkpoint, ``layers.{layer}.mlp.experts``.
         router: Path of a layer's router in a checkpoint, ``layers.{layer}.mlp.gate``.
         expert_mlps: Path of a layer's fused experts among NxDI's modules.
+        renamed_linears: Linear layers that have other names among NxDI's modules than in a
+            checkpoint; those of attention, unless the family's are its own.
         embeddings: Path of the token embeddings; a table and no linear layer, never converted.
         final_norm: Path of the norm before the output layer.
         head: Path of the output layer.
@@ -92,6 +95,9 @@ class MoEFamily:
     experts: str = "layers.{layer}.mlp.experts"
     router: str = "layers.{layer}.mlp.gate"
     expert_mlps: str = "layers.{layer}.mlp.expert_mlps"
+    renamed_linears: tuple[RenamedLinear, ...] = attention_linears(
+        "layers.{layer}.self_attn", "layers.{layer}.self_attn"
+    )
     embeddings: str = "embed_tokens"
     final_norm: str = "norm"
     head: str = "lm_head"
@@ -145,6 +151,10 @@ class MoEFamily:
         """Name of a tensor of a layer's router in a checkpoint."""
         return f"{self.router.format(layer=layer)}.{suffix}"
 
+    def router_module(self, layer: int) -> str:
+        """Path of a layer's router among NxDI's modules (NxD's ``modules/moe/model.py``)."""
+        return f"{self.expert_mlps.format(layer=layer).rpartition('.')[0]}.router.linear_router"
+
     def fused_key(self, layer: int, fused: str, suffix: str = "weight") -> str:
         """Name of a fused tensor in NxDI's state dict; ``fused`` is a key of :attr:`fused`."""
         return f"{self.expert_mlps.format(layer=layer)}.mlp_op.{fused}.{suffix}"
@@ -163,6 +173,7 @@ class MoEFamily:
             projections=self.projections,
             stacked=() if self.stacked is None else tuple(self.fused),
             prefixes=self.prefixes,
+            linears=self.renamed_linears,
         )
 
     def experts_of(self, config: Any) -> int | None:

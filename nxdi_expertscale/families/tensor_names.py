@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from nxdi_expertscale.families.linears import RenamedLinear
+
 _NUMBER = "(?:0|[1-9][0-9]{0,8})"
 """A number as models write it: ASCII, without leading zeros, and not of a million digits."""
 
@@ -22,6 +24,19 @@ class ExpertTensor:
     """What follows the projection: ``weight``, ``scale``, ``weight_scale``, …"""
 
 
+@dataclass(frozen=True)
+class LinearPlace:
+    """The place of a linear layer that is renamed, read from its path.
+
+    Attributes:
+        layer: The layer's number.
+        linears: What it is; several where NxDI fuses them.
+    """
+
+    layer: int
+    linears: tuple[RenamedLinear, ...]
+
+
 class TensorNames:
     """Reads the names of one family, in checkpoints and among NxDI's modules."""
 
@@ -34,6 +49,7 @@ class TensorNames:
         projections: Iterable[str],
         stacked: Collection[str],
         prefixes: Iterable[str],
+        linears: Iterable[RenamedLinear] = (),
     ) -> None:
         """Make a reader from a family's paths, each with ``{layer}`` for the layer's number.
 
@@ -44,6 +60,7 @@ class TensorNames:
             projections: Names of an expert's projections.
             stacked: Names of the tensors with all experts of a layer; none where there are none.
             prefixes: What may stand before a path in a checkpoint, and nothing else.
+            linears: Linear layers that have other names among NxDI's modules.
         """
         names, start = _any_of(projections), rf"(?:{_any_of(prefixes)})"
         self._expert = re.compile(
@@ -58,6 +75,12 @@ class TensorNames:
             if stacked
             else None
         )
+        self._linears = [
+            (linear, re.compile(rf"{before}{_with_layer(path)}\Z"))
+            for linear in linears
+            for before, paths in ((start, (linear.checkpoint,)), (r"(?:.*\.)?", linear.all_modules))
+            for path in paths
+        ]
 
     def parse_expert_key(self, key: str) -> ExpertTensor | None:
         """Read the place of an expert's tensor from its name; None if it is another tensor's."""
@@ -72,6 +95,19 @@ class TensorNames:
         """Read the layer and the fused name of a tensor with all experts; None if it is none."""
         match = self._stacked.match(key) if self._stacked is not None else None
         return (int(match["layer"]), match["fused"]) if match else None
+
+    def parse_linear_path(self, path: str) -> LinearPlace | None:
+        """Read the place of a linear layer that is renamed; None if it is another module's path.
+
+        Args:
+            path: Its path in a checkpoint or among NxDI's modules.
+        """
+        matches = [(linear, pattern.match(path)) for linear, pattern in self._linears]
+        found = {linear: match for linear, match in matches if match}
+        if not found:
+            return None
+        layer = int(next(iter(found.values()))["layer"])
+        return LinearPlace(layer, tuple(found))
 
     def is_router_key(self, key: str) -> bool:
         """Whether a name is that of a router's tensor."""

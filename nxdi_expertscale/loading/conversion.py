@@ -13,7 +13,12 @@ import torch
 
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 from nxdi_expertscale.families.declaration import MoEFamily
-from nxdi_expertscale.families.exclusions import are_experts_excluded
+from nxdi_expertscale.families.exclusions import (
+    are_experts_excluded,
+    attention_without_scales,
+    check_names,
+    is_excluded,
+)
 from nxdi_expertscale.loading import expert_scales, expert_weights
 from nxdi_expertscale.loading.expert_scales import LayerScales
 from nxdi_expertscale.loading.layout import LayoutError
@@ -56,6 +61,7 @@ def take_out_scales(
         ConfigurationError: It does not fit the config's dtype or exclusions.
         LayoutError: The config does not say how many experts there are.
     """
+    _check_names(state_dict, family, settings)
     num_experts = settings.num_experts
     if num_experts is None:
         raise LayoutError(f"its config has none of {', '.join(family.num_experts)}")
@@ -75,6 +81,18 @@ def take_out_scales(
         for number in range(settings.num_layers):
             expert_weights.stack(state_dict, family, number, num_experts)
     return layers
+
+
+def _check_names(
+    state_dict: Mapping[str, torch.Tensor], family: MoEFamily, settings: Settings
+) -> None:
+    modules = {key.rpartition(".")[0] for key in state_dict}
+    try:
+        check_names(settings.exclusions, modules, settings.num_layers, family)
+    except ConfigurationError as error:
+        if settings.is_on:
+            raise
+        _logger.warning("%s", error)
 
 
 def is_checked(state_dict: Mapping[str, torch.Tensor], checked_tensors: Collection[str]) -> bool:
@@ -120,7 +138,7 @@ def check_exclusions(
                 f"{key}: it is quantized in the checkpoint, and NxDI's converter has no place for "
                 "its scale; make the checkpoint again with 'nxdi-expertscale quantize'"
             )
-        if f"{path}.scale" in state_dict and any(name in path for name in exclusions):
+        if f"{path}.scale" in state_dict and is_excluded(path, exclusions, family):
             raise ConfigurationError(
                 f"{key}: it is quantized in the checkpoint, and modules_to_not_convert keeps its "
                 "module in full precision; remove the exclusion, or quantize the checkpoint "
@@ -146,6 +164,18 @@ def _check_dtype(
             f"{settings.quantization_dtype!r} makes NxDI read it as {wanted}; set "
             "quantization_dtype='f8e4m3' for an FP8 checkpoint"
         )
+
+
+def names_for_converter(settings: Settings, family: MoEFamily) -> tuple[str, ...]:
+    """The exclusions with those names by which NxDI's converter knows a layer's attention.
+
+    Raises:
+        ConfigurationError: They name a part of what NxDI fuses.
+    """
+    if not settings.fused_qkv:
+        return settings.exclusions
+    attention = attention_without_scales(settings.exclusions, settings.num_layers, family)
+    return tuple(dict.fromkeys((*settings.exclusions, *attention)))
 
 
 def put_in_scales(

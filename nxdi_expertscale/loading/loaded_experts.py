@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.loading.layout import LayoutError
-from nxdi_expertscale.loading.passes import ExpertLayer, is_excluded
+from nxdi_expertscale.loading.passes import ExpertLayer, is_kept
 from nxdi_expertscale.settings.settings import EXPERT_WISE
 
 
@@ -26,7 +25,7 @@ def check_expert_wise(
             modules have other names.
     """
     for layer in layers:
-        wanted = "" if is_excluded(layer, exclusions, family) else EXPERT_WISE
+        wanted = "" if is_kept(layer, exclusions, family) else EXPERT_WISE
         if layer.quantization_type != wanted:
             raise LayoutError(
                 f"{layer.name} is {layer.quantization_type or 'not quantized'}, and "
@@ -41,24 +40,6 @@ def check_expert_wise(
     missing = [name for name in _expected(names, family) if name not in names]
     if missing:
         raise LayoutError(f"the model has no module for {missing[0]}, but {names[:2]}")
-
-
-def check_exclusions(
-    layers: Sequence[ExpertLayer], exclusions: Sequence[str], family: MoEFamily
-) -> None:
-    """Check that no expert layer is unquantized that exclusions do not name.
-
-    Raises:
-        ConfigurationError: One is: NxD left it alone because an exclusion is a part of its path.
-    """
-    for layer in layers:
-        is_known = family.names.layer_of_module(layer.name) is not None
-        if is_known and not layer.is_quantized and not is_excluded(layer, exclusions, family):
-            raise ConfigurationError(
-                f"modules_to_not_convert: NxDI left {layer.name} unquantized, because one of "
-                f"{list(exclusions)} is a part of its name, and its weights in the checkpoint are "
-                "not excluded; name the modules more fully"
-            )
 
 
 def _has_scale_of_each_expert(layer: ExpertLayer) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.families.declaration import MoEFamily
-from nxdi_expertscale.families.exclusions import are_experts_excluded
+from nxdi_expertscale.families.exclusions import are_experts_excluded, is_excluded
 from nxdi_expertscale.loading.layout import LayoutError
 from nxdi_expertscale.settings.settings import FLAG, PER_CHANNEL, Settings
 
@@ -53,7 +53,8 @@ class Passes:
     """What each pass is given.
 
     Attributes:
-        skipped: Names for ``modules_to_not_convert`` of NxDI's own pass.
+        skipped: Names for ``modules_to_not_convert`` of NxDI's own pass: whole paths, but for what
+            the family cannot load quantized.
         expert_wise: Names for ``include`` of a pass for the experts; none where there is no such
             pass.
     """
@@ -82,8 +83,29 @@ def find_expert_layers(model: torch.nn.Module) -> tuple[ExpertLayer, ...]:
     )
 
 
+def find_excluded_modules(
+    model: torch.nn.Module, modules_to_not_convert: Sequence[str], family: MoEFamily
+) -> tuple[str, ...]:
+    """Find the modules beside the experts that exclusions name, by their paths.
+
+    NxD takes names as parts of paths, and those of modules alone: it would leave the queries alone
+    for ``v_proj``, which is a part of ``qkv_proj``, and nothing for a checkpoint's names.
+
+    Raises:
+        ConfigurationError: They name a part of what NxDI fuses.
+    """
+    return tuple(
+        path
+        for path, module in model.named_modules(remove_duplicate=False)
+        if hasattr(module, "weight")
+        and family.names.layer_of_module(path) is None
+        and is_excluded(path, modules_to_not_convert, family)
+    )
+
+
 def plan_passes(
     layers: Sequence[ExpertLayer],
+    excluded_modules: Sequence[str],
     modules_to_not_convert: Sequence[str],
     family: MoEFamily,
     *,
@@ -93,6 +115,7 @@ def plan_passes(
 
     Args:
         layers: The model's expert layers; those that are quantized already are left alone.
+        excluded_modules: What :func:`find_excluded_modules` gave.
         modules_to_not_convert: What NxDI gives ``convert``.
         family: The model's family, whose names the layers have.
         expert_wise: Whether the experts get a pass of their own.
@@ -101,8 +124,8 @@ def plan_passes(
         ConfigurationError: NxD could not load the experts that it would make.
     """
     layers = [layer for layer in layers if not layer.is_quantized]
-    kept = [layer for layer in layers if is_excluded(layer, modules_to_not_convert, family)]
-    skipped = (*modules_to_not_convert, *_paths(kept), *family.full_precision)
+    kept = [layer for layer in layers if is_kept(layer, modules_to_not_convert, family)]
+    skipped = (*excluded_modules, *_paths(kept), *family.full_precision)
     if not expert_wise:
         return Passes(skipped)
     _check_second_experts(layers)
@@ -110,10 +133,8 @@ def plan_passes(
     return Passes((*skipped, *converted), converted)
 
 
-def is_excluded(
-    layer: ExpertLayer, modules_to_not_convert: Sequence[str], family: MoEFamily
-) -> bool:
-    """Whether exclusions name an expert layer, as checkpoints do or as NxDI's modules do."""
+def is_kept(layer: ExpertLayer, modules_to_not_convert: Sequence[str], family: MoEFamily) -> bool:
+    """Whether exclusions keep an expert layer in full precision."""
     number = family.names.layer_of_module(layer.name)
     return number is not None and are_experts_excluded(number, modules_to_not_convert, family)
 

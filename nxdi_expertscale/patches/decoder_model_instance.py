@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nxdi_expertscale.families.declaration import MoEFamily
-from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import config, model_wrapper, seams
 from nxdi_expertscale.settings.settings import read_settings
@@ -49,10 +48,6 @@ def _check_loaded(model: Any, families: Sequence[MoEFamily]) -> None:
     model_config = getattr(model, "config", None)
     settings = read_settings(getattr(model_config, "neuron_config", None), model_config, families)
     family, excluded = settings.family, settings.exclusions
-    if not settings.is_quantized or family is None:
-        return
-    if settings.is_on:
+    if settings.is_on and settings.is_quantized and family is not None:
         with seams.layout_errors(seams.QUANTIZATION):
             loaded_experts.check_expert_wise(find_expert_layers(model), excluded, family)
-    elif engine.find_failed_seam(seams.needed_by_model(family)) is None:
-        loaded_experts.check_exclusions(find_expert_layers(model), excluded, family)

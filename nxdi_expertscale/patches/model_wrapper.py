@@ -87,8 +87,9 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
             return wrapped(*args, **kwargs)
         wanted = installed_release.quantized_dtype(neuron_config)
         passes.check_quantized_dtype(wanted, q_config, settings.quantization_dtype)
-        excluded = call.arguments.get("modules_to_not_convert") or ()
-        plan = passes.plan_passes(layers, excluded, family, expert_wise=settings.is_on)
+        names = call.arguments.get("modules_to_not_convert") or ()
+        modules = passes.find_excluded_modules(model, names, family)
+        plan = passes.plan_passes(layers, modules, names, family, expert_wise=settings.is_on)
         return _convert(wrapped, call, plan)
 
     return convert

@@ -18,6 +18,7 @@ from nxdi_expertscale.hooking.code import names_in_code, refers_to
 from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import seams
+from nxdi_expertscale.patches.exclusions import exclusions_for_upstream
 from nxdi_expertscale.patches.installed_release import quantized_dtype
 from nxdi_expertscale.settings import rules
 from nxdi_expertscale.settings.settings import FLAG, read_settings
@@ -81,9 +82,12 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> dict[str, torch.Tensor]:
-        from nxdi_expertscale.checkpoint.finished import checked_tensors
-        from nxdi_expertscale.loading.conversion import put_in_scales, take_out_scales
-        from nxdi_expertscale.loading.report import report_experts
+        from nxdi_expertscale.checkpoint.write.manifest import names_within_range
+        from nxdi_expertscale.loading.conversion import (
+            names_for_converter,
+            put_in_scales,
+            take_out_scales,
+        )
 
         state_dict, config, *_rest = inspect.signature(wrapped).bind(*args, **kwargs).args
         neuron_config = getattr(config, "neuron_config", None)
@@ -104,16 +108,13 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
                 family,
                 settings,
                 quantized_dtype=quantized_dtype(neuron_config),
-                checked_tensors=checked_tensors(settings.quantized_checkpoints_path),
+                checked_tensors=names_within_range(settings.quantized_checkpoints_path),
             )
-        converted = wrapped(*args, **kwargs)
+        names = names_for_converter(settings, family)
+        with exclusions_for_upstream(neuron_config, names):
+            converted = wrapped(*args, **kwargs)
         with seams.layout_errors(seams.state_dict(family)):
             put_in_scales(converted, layers, family, settings)
-        report_experts(
-            layers,
-            settings.quantized_checkpoints_path,
-            expert_wise=settings.keeps_scales_apart,
-        )
         return converted
 
     return convert

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from nxdi_expertscale.errors import ConfigurationError
-from nxdi_expertscale.families.exclusions import are_experts_excluded
+from nxdi_expertscale.families.exclusions import are_experts_excluded, find_part_of_fused, is_name
 from nxdi_expertscale.families.limits import Effect, ReachedLimit
 from nxdi_expertscale.families.unsupported import find_unsupported
 from nxdi_expertscale.settings.expert_parallel import find_short_context, find_unrunnable_call
@@ -134,6 +134,21 @@ def _exclusions_that_are_no_list(settings: Settings) -> Values | None:
     names = settings.modules_to_not_convert
     concerned = settings.is_on or settings.family is not None
     return {"names": repr(names)} if concerned and isinstance(names, str) else None
+
+
+def _empty_exclusion(settings: Settings) -> Values | None:
+    if settings.family is None or all(map(is_name, settings.exclusions)):
+        return None
+    return {}
+
+
+def _exclusions_of_a_part(settings: Settings) -> Values | None:
+    if settings.family is None or not all(map(is_name, settings.exclusions)):
+        return None
+    part = find_part_of_fused(
+        settings.exclusions, settings.num_layers, settings.family, fused_qkv=settings.fused_qkv
+    )
+    return None if part is None else dataclasses.asdict(part)
 
 
 def _unquantized_checkpoint(settings: Settings) -> Values | None:
@@ -331,6 +346,20 @@ RULES: tuple[Rule, ...] = (
         problem="modules_to_not_convert is {names}, and each letter of a text would be taken for a "
         "name",
         remedy="write a list: modules_to_not_convert=[{names}]",
+    ),
+    Rule(
+        name="exclusions_empty",
+        scope=Scope.QUANTIZED,
+        find=_empty_exclusion,
+        problem="modules_to_not_convert has an empty name, which is a part of every module's",
+        remedy="remove it",
+    ),
+    Rule(
+        name="exclusions_of_a_part",
+        scope=Scope.QUANTIZED,
+        find=_exclusions_of_a_part,
+        problem="modules_to_not_convert: {problem}",
+        remedy="{remedy}",
     ),
     Rule(
         name="upstream_limit",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.families.exclusions import expand_exclusions
 from nxdi_expertscale.families.lookup import family_of
 from nxdi_expertscale.settings.expert_parallel import ExpertParallelism, read_expert_parallelism
 
@@ -101,6 +102,7 @@ class Settings:
         torch_dtype: The model's dtype, such as ``torch.bfloat16``.
         casts_weights: Whether NxDI casts what it reads to ``torch_dtype``.
         modules_to_not_convert: As it stands there; see :attr:`exclusions`.
+        fused_qkv: Whether NxDI fuses a layer's queries, keys and values.
         quantized_checkpoints_path: The folder of the quantized checkpoint, if one is named.
         max_length: Tokens of the longest sequence; 0 if it is not known.
         model: The model's config; None where the neuron config is looked at alone.
@@ -118,6 +120,7 @@ class Settings:
     torch_dtype: str
     casts_weights: bool
     modules_to_not_convert: object
+    fused_qkv: bool
     quantized_checkpoints_path: str | None
     max_length: int
     model: ModelSettings | None = None
@@ -145,6 +148,17 @@ class Settings:
         """Names of the modules that stay in full precision, ``modules_to_not_convert``."""
         names = self.modules_to_not_convert
         return tuple(names) if isinstance(names, list | tuple) else ()
+
+    @property
+    def expanded_exclusions(self) -> tuple[str, ...]:
+        """The exclusions as checkpoints and as NxDI's modules are named.
+
+        Raises:
+            ConfigurationError: They name a part of what NxDI fuses.
+        """
+        if self.family is None:
+            return self.exclusions
+        return expand_exclusions(self.exclusions, self.num_layers, self.family)
 
     @property
     def num_layers(self) -> int:
@@ -201,6 +215,7 @@ def read_settings(
         torch_dtype=str(getattr(neuron_config, "torch_dtype", "torch.float32")),
         casts_weights=getattr(neuron_config, "cast_type", "config") == "config",
         modules_to_not_convert=getattr(neuron_config, "modules_to_not_convert", None),
+        fused_qkv=bool(getattr(neuron_config, "fused_qkv", False)),
         quantized_checkpoints_path=getattr(neuron_config, "quantized_checkpoints_path", None),
         max_length=max(getattr(neuron_config, name, None) or 0 for name in _LENGTHS),
         model=model,

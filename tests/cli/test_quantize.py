@@ -61,11 +61,17 @@ def test_a_fault_is_an_answer_and_no_error(src: Path, tmp_path: Path) -> None:
     assert "tokenizer.json: has 2 bytes" in result.stdout
 
 
-def test_a_name_that_no_module_has_is_warned_of(src: Path, tmp_path: Path) -> None:
-    result = run("quantize", src, tmp_path / "dst", "--modules-to-not-convert", "layers.7")
+def test_a_name_that_no_module_has_is_refused_with_names_that_are_near(
+    src: Path, tmp_path: Path
+) -> None:
+    result = run("quantize", src, tmp_path / "dst", "--modules-to-not-convert", "self_atn.q_proj")
 
-    assert result.returncode == 0
-    assert "is named 'layers.7'" in result.stderr
+    assert_refused(
+        result,
+        "modules_to_not_convert: 'self_atn.q_proj' is no part of any module's name; did you mean "
+        "'self_attn.q_proj'",
+    )
+    assert not (tmp_path / "dst").exists()
 
 
 def test_bad_input_gets_one_line_and_leaves_nothing(src: Path, tmp_path: Path) -> None:

@@ -283,3 +283,39 @@ def test_range_is_looked_at_unless_the_tensors_are_those_of_a_folder_that_is_kno
                 dict(state_dict), QWEN3_MOE, settings(), checked_tensors=checked
             )
     assert conversion.take_out_scales(state_dict, QWEN3_MOE, settings(), checked_tensors=names)
+
+
+def test_a_name_that_no_module_has_is_refused_or_without_the_flag_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    says = "modules_to_not_convert: 'lm_haed' is no part of any module's name; did you mean 'lm_h"
+    changes = {"modules_to_not_convert": ["lm_haed"]}
+
+    with pytest.raises(ConfigurationError, match=says):
+        conversion.take_out_scales(checkpoint(), QWEN3_MOE, settings(**changes))
+    conversion.take_out_scales(
+        checkpoint(), QWEN3_MOE, settings(**changes, expert_wise_scale=False)
+    )
+    assert caplog.messages[0].startswith(says)
+
+
+def test_quantized_attention_that_is_excluded_by_its_modules_name_is_refused() -> None:
+    name = "layers.0.self_attn.k_proj"
+    state_dict = {**checkpoint(), **quantized(name, 4)}
+
+    with pytest.raises(ConfigurationError, match=f"^{name}.weight: it is quantized in the check"):
+        conversion.take_out_scales(
+            state_dict, QWEN3_MOE, settings(modules_to_not_convert=["qkv_proj"])
+        )
+
+
+@pytest.mark.parametrize(
+    ("fused", "expected"),
+    [(True, ("Wqkv", "layers.0.self_attn")), (False, ("Wqkv",))],
+)
+def test_the_converter_is_told_of_attention_as_it_looks_for_it(
+    fused: bool, expected: tuple[str, ...]
+) -> None:
+    found = settings(modules_to_not_convert=["Wqkv"], fused_qkv=fused)
+
+    assert conversion.names_for_converter(found, QWEN3_MOE) == expected

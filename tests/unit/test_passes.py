@@ -94,7 +94,7 @@ def test_dense_model_has_no_expert_layers() -> None:
 def test_experts_get_a_pass_of_their_own_at_all_their_paths() -> None:
     layers = passes.find_expert_layers(model_of(1, second_path=True))
 
-    plan = passes.plan_passes(layers, ["lm_head"], QWEN3_MOE, expert_wise=True)
+    plan = passes.plan_passes(layers, ["lm_head"], ["lm_head"], QWEN3_MOE, expert_wise=True)
 
     every_path = tuple(path for layer in layers for path in layer.paths)
     assert len(every_path) == 4
@@ -104,31 +104,59 @@ def test_experts_get_a_pass_of_their_own_at_all_their_paths() -> None:
 def test_excluded_experts_are_in_neither_pass() -> None:
     layers = passes.find_expert_layers(model_of(2))
 
-    plan = passes.plan_passes(layers, ["layers.0.mlp.experts"], QWEN3_MOE, expert_wise=True)
+    plan = passes.plan_passes(layers, [], ["layers.0.mlp.experts"], QWEN3_MOE, expert_wise=True)
 
     assert set(plan.expert_wise) == {
         "layers.1.mlp.expert_mlps.mlp_op.gate_up_proj",
         "layers.1.mlp.expert_mlps.mlp_op.down_proj",
     }
-    assert {GATE_UP, DOWN, *plan.expert_wise} < set(plan.skipped)
+    assert set(plan.skipped) == {GATE_UP, DOWN, *plan.expert_wise}
 
 
 def test_without_the_flag_there_is_one_pass_that_skips_what_is_excluded() -> None:
     layers = passes.find_expert_layers(model_of(2))
 
-    plan = passes.plan_passes(layers, ["layers.0.mlp.experts"], QWEN3_MOE, expert_wise=False)
+    plan = passes.plan_passes(layers, [], ["layers.0.mlp.experts"], QWEN3_MOE, expert_wise=False)
 
-    assert plan == passes.Passes(("layers.0.mlp.experts", GATE_UP, DOWN))
+    assert plan == passes.Passes((GATE_UP, DOWN))
+
+
+@pytest.mark.parametrize(
+    ("names", "excluded"),
+    [
+        (["v_proj"], ["v_proj"]),
+        (["qkv_proj"], ["q_proj", "k_proj", "v_proj"]),
+        (["self_attn.q_proj", "lm_head"], ["q_proj", "lm_head"]),
+        (["mlp.experts"], []),
+    ],
+)
+def test_excluded_modules_are_named_by_their_whole_paths(
+    names: list[str], excluded: list[str]
+) -> None:
+    model = model_of(1)
+    attention, projections = torch.nn.Module(), torch.nn.Module()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        projections.add_module(name, torch.nn.Linear(HIDDEN, HIDDEN))
+    attention.qkv_proj = projections
+    model.get_submodule("layers.0").self_attn = attention  # type: ignore[assignment]
+    paths = {name: f"layers.0.self_attn.qkv_proj.{name}" for name in ("q_proj", "k_proj", "v_proj")}
+    paths["lm_head"] = "layers.0.lm_head"
+
+    found = passes.find_excluded_modules(model, names, QWEN3_MOE)
+
+    assert set(found) == {paths[name] for name in excluded}
 
 
 def test_what_the_family_cannot_load_quantized_is_skipped() -> None:
-    plan = passes.plan_passes([], [], LLAMA4, expert_wise=True)
+    plan = passes.plan_passes([], [], [], LLAMA4, expert_wise=True)
 
     assert plan == passes.Passes(LLAMA4.full_precision)
 
 
 def test_layers_that_are_quantized_already_are_left_alone() -> None:
-    assert passes.plan_passes(experts_of(0), [], QWEN3_MOE, expert_wise=True) == passes.Passes(())
+    plan = passes.plan_passes(experts_of(0), [], [], QWEN3_MOE, expert_wise=True)
+
+    assert plan == passes.Passes(())
 
 
 def test_experts_for_hybrid_sharding_and_for_fused_token_generation_are_refused() -> None:
@@ -136,8 +164,8 @@ def test_experts_for_hybrid_sharding_and_for_fused_token_generation_are_refused(
     layer = layer_of(second, paths=(second, "layers.0.moe_fused_tkg.x"), quantization_type="")
 
     with pytest.raises(ConfigurationError, match=f"hybrid_sharding_config: .*has {second} for"):
-        passes.plan_passes([layer], [], QWEN3_MOE, expert_wise=True)
-    passes.plan_passes([replace(layer, paths=(second,))], [], QWEN3_MOE, expert_wise=True)
+        passes.plan_passes([layer], [], [], QWEN3_MOE, expert_wise=True)
+    passes.plan_passes([replace(layer, paths=(second,))], [], [], QWEN3_MOE, expert_wise=True)
 
 
 def test_an_expert_layer_by_another_name_is_told() -> None:
@@ -220,12 +248,3 @@ def test_a_model_that_is_not_what_was_asked_for_is_told(name: str) -> None:
 
     with pytest.raises(LayoutError, match=says):
         loaded_experts.check_expert_wise(layers, ["layers.1.mlp.experts"], QWEN3_MOE)
-
-
-def test_an_exclusion_that_meets_a_module_by_chance_is_refused() -> None:
-    unquantized = experts_of(0, quantization_type="", scale_shape=())
-
-    loaded_experts.check_exclusions(unquantized, ["mlp.experts"], QWEN3_MOE)
-    loaded_experts.check_exclusions(experts_of(0), [], QWEN3_MOE)
-    with pytest.raises(ConfigurationError, match=f"NxDI left {GATE_UP} unquantized"):
-        loaded_experts.check_exclusions(unquantized, ["gate_up"], QWEN3_MOE)

@@ -213,12 +213,27 @@ def test_a_tied_head_is_left_as_it_is(tmp_path: Path) -> None:
     assert "lm_head.weight" not in checkpoints.load(tmp_path / "dst")
 
 
-def test_a_name_that_no_module_has_is_reported(src: Path, tmp_path: Path) -> None:
-    result = quantize_checkpoint(
-        src, tmp_path / "dst", modules_to_not_convert=["self_attn", "layers.7"]
-    )
+def test_a_name_that_no_module_has_is_refused(src: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"'layers\.7\.mlp' is no part of any .*'layers"):
+        quantize_checkpoint(
+            src, tmp_path / "dst", modules_to_not_convert=["self_attn", "layers.7.mlp"]
+        )
 
-    assert result.unused_exclusions == ("layers.7",)
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("name", ["qkv_proj", "qkv", "Wqkv", "layers.0.self_attn.qkv_proj"])
+def test_a_name_of_nxdis_modules_keeps_the_checkpoints_tensors(
+    src: Path, tmp_path: Path, name: str
+) -> None:
+    quantize_checkpoint(src, tmp_path / "dst", modules_to_not_convert=[name])
+
+    found = checkpoints.load(tmp_path / "dst")
+    for letter in "qkv":
+        tensor = f"model.layers.0.self_attn.{letter}_proj.weight"
+        assert found[tensor].dtype == torch.bfloat16
+        assert f"{tensor}_scale" not in found
+    assert found["model.layers.0.self_attn.o_proj.weight"].dtype == torch.float8_e4m3fn
 
 
 def test_the_output_does_not_depend_on_the_workers(

@@ -158,18 +158,14 @@ def test_nxdis_own_exclusion_of_one_layers_experts_holds(
     assert second > ROUNDING
 
 
-def test_exclusion_that_meets_a_modules_name_by_chance_is_refused(
+def test_exclusion_of_a_part_of_the_fused_experts_is_refused(
     nxdi: Any, moe: Path, fp8: dict[str, Any]
 ) -> None:
     """NxD leaves every module alone whose path contains it, quantized in the checkpoint or not."""
     excluded = [nxdi.ROUTER, "gate_up"]
 
-    with pytest.raises(ConfigurationError) as refused:
+    with pytest.raises(ConfigurationError, match="'gate_up' names a part of what NxDI fuses"):
         nxdi.load(moe, **{**fp8, "modules_to_not_convert": excluded}, expert_wise_scale=False)
-
-    assert "mlp_op.gate_up_proj unquantized, because one of" in str(refused.value)
-    assert "'gate_up'] is a part of its name" in str(refused.value)
-    assert "name the modules more fully" in str(refused.value)
 
 
 def test_all_experts_stay_in_full_precision(nxdi: Any, moe: Path, tmp_path: Path) -> None:

@@ -20,7 +20,11 @@ from nxdi_expertscale.checkpoint.read.tensors import FP8, Weight, module_of
 from nxdi_expertscale.checkpoint.safetensors_format import NewTensor, lay_out
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import MoEFamily
-from nxdi_expertscale.families.exclusions import is_excluded
+from nxdi_expertscale.families.exclusions import (
+    check_names,
+    find_part_of_fused,
+    is_excluded,
+)
 
 LM_HEAD = "lm_head"
 
@@ -109,7 +113,6 @@ class Plan:
         exclusions: Modules that stay in full precision: those that were requested, and those that
             NxDI cannot load quantized.
         kept_by_source: Modules that a quantized source has in full precision, and that stay so.
-        unused_exclusions: Requested ones that no module of the checkpoint has in its path.
     """
 
     shards: tuple[ShardPlan, ...]
@@ -117,7 +120,6 @@ class Plan:
     config: Mapping[str, Any]
     exclusions: tuple[str, ...]
     kept_by_source: tuple[str, ...]
-    unused_exclusions: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
@@ -144,7 +146,7 @@ def make_plan(model: Model, modules_to_not_convert: Iterable[str], max_shard_byt
         max_shard_bytes: Size at which a new file is begun.
 
     Raises:
-        ConfigurationError: An exclusion names a part of a fused weight.
+        ConfigurationError: An exclusion names a part of what NxDI fuses, or no module.
     """
     requested = tuple(modules_to_not_convert)
     kept = kept_by_source(model)
@@ -158,13 +160,14 @@ def make_plan(model: Model, modules_to_not_convert: Iterable[str], max_shard_byt
         config=_output_config(model.config.raw, planned),
         exclusions=effective_exclusions(model, (*requested, *kept)),
         kept_by_source=kept,
-        unused_exclusions=tuple(_unused(requested, model)),
     )
 
 
 def plan_tensors(model: Model, modules_to_not_convert: Iterable[str]) -> list[PlannedTensor]:
     """Decide what is done with each tensor, in the order of the source; see :func:`make_plan`."""
-    exclusions = effective_exclusions(model, (*modules_to_not_convert, *kept_by_source(model)))
+    requested = tuple(modules_to_not_convert)
+    _check_exclusions(model, requested)
+    exclusions = effective_exclusions(model, (*requested, *kept_by_source(model)))
     full_precision = _HF_DTYPES.get(model.config.dtype or "", "BF16")
     return [
         _plan_tensor(weight, model.family, exclusions, full_precision) for weight in model.weights
@@ -214,16 +217,19 @@ def effective_exclusions(model: Model, requested: Iterable[str]) -> tuple[str, .
     return tuple(dict.fromkeys((*requested, *model.family.full_precision, *tied)))
 
 
-def _unused(exclusions: Iterable[str], model: Model) -> Iterator[str]:
-    modules = {weight.module for weight in model.weights} | {LM_HEAD}
-    for exclusion in exclusions:
-        if not any(is_excluded(module, [exclusion], model.family) for module in modules):
-            yield exclusion
+def _check_exclusions(model: Model, requested: Sequence[str]) -> None:
+    family, num_layers = model.family, model.config.num_hidden_layers
+    part = find_part_of_fused(requested, num_layers, family, fused_qkv=False)
+    if part is not None:
+        raise part.to_error()
+    check_names(requested, [weight.module for weight in model.weights], num_layers, family)
 
 
 def tensors_to_quantize(model: Model, modules_to_not_convert: Iterable[str]) -> set[str]:
     """Names of the tensors that a plan with these exclusions quantizes; see :func:`make_plan`."""
-    exclusions = effective_exclusions(model, (*modules_to_not_convert, *kept_by_source(model)))
+    requested = tuple(modules_to_not_convert)
+    _check_exclusions(model, requested)
+    exclusions = effective_exclusions(model, (*requested, *kept_by_source(model)))
     return {
         weight.name
         for weight in model.weights
