@@ -14,6 +14,12 @@ EMBEDDINGS = "embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 FINAL_NORM = "norm.weight"
 
+MAX_WIDTH = 1 << 18
+"""Wider activations than any model has: some 2048 tokens of them take 2 GB in float32."""
+
+MAX_VOCABULARY = 1 << 22
+"""More tokens than any model knows: the logits of 128 tokens take 2 GB in float32."""
+
 _Value = TypeVar("_Value")
 
 
@@ -127,12 +133,13 @@ def derive_architecture(config: ModelConfig, family: MoEFamily) -> Architecture:
     _check_supported(config, "hidden_act", config.hidden_act, "silu")
     heads = _required(config, "num_attention_heads", config.num_attention_heads)
     norm_topk_prob = config.norm_topk_prob
+    mlp_only_layers = frozenset(config.mlp_only_layers)
     dense_layers = frozenset(
         layer
         for layer in range(config.num_hidden_layers)
-        if layer in config.mlp_only_layers or (layer + 1) % config.decoder_sparse_step
+        if layer in mlp_only_layers or (layer + 1) % config.decoder_sparse_step
     )
-    return Architecture(
+    architecture = Architecture(
         family=family,
         num_hidden_layers=config.num_hidden_layers,
         dense_layers=dense_layers,
@@ -154,6 +161,9 @@ def derive_architecture(config: ModelConfig, family: MoEFamily) -> Architecture:
         rope_theta=_required(config, "rope_theta", config.rope_theta),
         tie_word_embeddings=config.tie_word_embeddings,
     )
+    _check_heads(architecture, config.where)
+    _check_sizes(architecture, config.where)
+    return architecture
 
 
 def context_length(config: ModelConfig) -> int:
@@ -173,6 +183,35 @@ def _required(config: ModelConfig, name: str, value: _Value | None) -> _Value:
     if value is None:
         raise damaged(config.where, f"has no {name}")
     return value
+
+
+def _check_heads(model: Architecture, where: str) -> None:
+    if model.num_attention_heads % model.num_key_value_heads:
+        raise damaged(
+            where,
+            f"num_attention_heads is {model.num_attention_heads}, no multiple of "
+            f"num_key_value_heads, which is {model.num_key_value_heads}",
+        )
+    if model.head_dim < 2 or model.head_dim % 2:
+        raise damaged(
+            where,
+            f"a head has {model.head_dim} channels, and a rotary embedding turns pairs of them",
+        )
+
+
+def _check_sizes(model: Architecture, where: str) -> None:
+    """Check that what is computed from a token is no larger than with any real model."""
+    widths = {
+        "hidden_size": model.hidden_size,
+        "moe_intermediate_size": model.moe_intermediate_size,
+        "intermediate_size": model.intermediate_size,
+        "num_attention_heads * head_dim": model.num_attention_heads * model.head_dim,
+    }
+    for name, width in widths.items():
+        if width > MAX_WIDTH:
+            raise damaged(where, f"{name} is {width}, more than any model has")
+    if model.vocab_size > MAX_VOCABULARY:
+        raise damaged(where, f"vocab_size is {model.vocab_size}, more than any model has")
 
 
 def _check_supported(config: ModelConfig, name: str, value: str, supported: str) -> None:

@@ -7,6 +7,7 @@ Qwen3-30B-A3B, whose checkpoints have 61 and 31 GB.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from nxdi_expertscale.checkpoint.parallel import Progress
 from nxdi_expertscale.checkpoint.read.files import CONFIG
 from nxdi_expertscale.checkpoint.read.model import Model, open_model
-from nxdi_expertscale.errors import CheckpointError, incomplete
+from nxdi_expertscale.errors import CheckpointError, damaged, incomplete
 from nxdi_expertscale.evaluation.architecture import (
     LM_HEAD,
     Architecture,
@@ -92,12 +93,19 @@ def evaluate_checkpoint(
     architecture = _shared_architecture(source, quantized)
     for model in (source, quantized):
         _check_weights(model, architecture)
-    content = python_documentation() if text is None else read_text(Path(text), tokens)
-    token_ids = tokenize(content, source.folder, architecture.vocab_size)
+    content = python_documentation(tokens) if text is None else read_text(Path(text), tokens)
+    # One more than is predicted: the first is given.
+    token_ids = tokenize(content, source.folder, architecture.vocab_size, tokens + 1)
     batch = _sequences(token_ids, source, tokens)
     with StoredWeights(source) as original, StoredWeights(quantized) as expert_wise:
         averaged = with_averaged_scales(expert_wise)
         found = compare(architecture, original, [expert_wise, averaged], batch, progress)
+    if not math.isfinite(found.perplexity):
+        raise damaged(
+            source.folder.path,
+            f"its weights predict nothing that can be measured: the perplexity is "
+            f"{found.perplexity}",
+        )
     return Evaluation(
         source=source.folder.path,
         destination=quantized.folder.path,

@@ -8,18 +8,23 @@ from pathlib import Path
 import torch
 
 from nxdi_expertscale.checkpoint.read.files import read_auxiliary_file
-from nxdi_expertscale.errors import CheckpointError, ConfigurationError, damaged
+from nxdi_expertscale.errors import CheckpointError, ConfigurationError
+from nxdi_expertscale.evaluation.tokenizer import encode
 from nxdi_expertscale.sources.folder import Folder
 
 TOKENIZER = "tokenizer.json"
 
 _BYTES = 256
-_CHARACTERS_PER_TOKEN = 32
-"""More than any text has on average: what is read of a long file."""
+_CHARACTERS_PER_TOKEN = 16
+"""More than any text has on average: what is read of a long one."""
 
 
 def read_text(path: Path, tokens: int) -> str:
     """The beginning of a text file, enough of it for a number of tokens.
+
+    Args:
+        path: The file.
+        tokens: How many tokens are wanted.
 
     Raises:
         ConfigurationError: It is not UTF-8, or is empty.
@@ -34,8 +39,11 @@ def read_text(path: Path, tokens: int) -> str:
     return text
 
 
-def python_documentation() -> str:
+def python_documentation(tokens: int) -> str:
     """Python's documentation of itself: English prose and code that every machine has.
+
+    Args:
+        tokens: How many tokens are wanted; no more of it is given than they take.
 
     Raises:
         ConfigurationError: This Python was installed without it.
@@ -47,14 +55,16 @@ def python_documentation() -> str:
             "this Python was installed without its documentation (pydoc_data), which is the text "
             "that is measured on if none is given; name a file with --text"
         ) from None
-    return "\n".join(topics[name] for name in sorted(topics))
+    text = "\n".join(topics[name] for name in sorted(topics))
+    return text[: tokens * _CHARACTERS_PER_TOKEN]
 
 
-def tokenize(text: str, folder: Folder, vocab_size: int) -> torch.Tensor:
+def tokenize(text: str, folder: Folder, vocab_size: int, tokens: int) -> torch.Tensor:
     """A text in the tokens of a checkpoint.
 
     Args:
         text: The text.
+        tokens: How many tokens are wanted at most.
         folder: The checkpoint's folder, with ``tokenizer.json``. A model of 256 tokens needs
             none: its tokens are bytes.
         vocab_size: Number of tokens that the model knows.
@@ -64,35 +74,19 @@ def tokenize(text: str, folder: Folder, vocab_size: int) -> torch.Tensor:
 
     Raises:
         CheckpointError: There is no tokenizer, or it is another model's.
-        ConfigurationError: The package ``tokenizers`` is not installed.
+        ConfigurationError: The package ``tokenizers`` cannot be imported.
     """
     where = folder.location(TOKENIZER)
     if folder.has(TOKENIZER):
-        found = _encode(text, read_auxiliary_file(folder, TOKENIZER), where)
+        found = encode(text, read_auxiliary_file(folder, TOKENIZER), where, limit=tokens)
     elif vocab_size == _BYTES:
-        found = list(text.encode())
+        found = text.encode()[:tokens]
     else:
         raise CheckpointError(f"{where}: is missing; put the model's tokenizer there")
-    tokens = torch.tensor(found, dtype=torch.int64)
-    if tokens.numel() and int(tokens.max()) >= vocab_size:
+    token_ids = torch.tensor(list(found), dtype=torch.int64)
+    if token_ids.numel() and int(token_ids.max()) >= vocab_size:
         raise CheckpointError(
-            f"{where}: has a token {int(tokens.max())}, and the model has {vocab_size}; it is "
+            f"{where}: has a token {int(token_ids.max())}, and the model has {vocab_size}; it is "
             "another model's"
         )
-    return tokens
-
-
-def _encode(text: str, tokenizer_json: bytes, where: str) -> list[int]:
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise ConfigurationError(
-            "a checkpoint's tokenizer is read with the package tokenizers, which is not "
-            "installed: pip install 'nxdi-expertscale[evaluate]'"
-        ) from None
-    try:
-        tokenizer = Tokenizer.from_buffer(tokenizer_json)
-    except Exception as error:  # tokenizers raises Exception itself
-        raise damaged(where, f"is not a tokenizer ({error})") from None
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
+    return token_ids

@@ -89,6 +89,13 @@ def test_rope_settings_of_transformers_5_are_read() -> None:
         ("hidden_act", "gelu", "hidden_act is 'gelu'"),
         ("rms_norm_eps", None, "has no rms_norm_eps"),
         ("num_experts", None, "how many experts"),
+        ("num_key_value_heads", 3, "is 4, no multiple of num_key_value_heads, which is 3"),
+        ("head_dim", 23, "a head has 23 channels"),
+        ("num_attention_heads", 1 << 20, "is 25165824, more than any model has"),
+        ("hidden_size", 1 << 30, "hidden_size is 1073741824, more than any model has"),
+        ("moe_intermediate_size", 1 << 30, "more than any model has"),
+        ("vocab_size", 1 << 30, "vocab_size is 1073741824, more than any model has"),
+        ("num_experts_per_tok", 9, "a token goes to 9 of 8 experts"),
     ],
 )
 def test_what_it_cannot_compute_is_refused(setting: str, value: Any, message: str) -> None:

@@ -229,9 +229,18 @@ def _broken_tokenizer(original: Path, _quantized: Path) -> None:
     (original / "tokenizer.json").write_text("{}")
 
 
+def _weights_that_are_no_numbers(original: Path, _quantized: Path) -> None:
+    _weights(original, "model.safetensors", **{"model.norm.weight": torch.full((64,), torch.nan)})
+
+
+def _bias(original: Path, _quantized: Path) -> None:
+    names = [f"model.layers.{layer}.self_attn.q_proj.bias" for layer in range(4)]
+    _weights(original, "model.safetensors", **{name: torch.ones(64) for name in names})
+
+
 def _unknown_weight(original: Path, _quantized: Path) -> None:
-    name = "model.layers.0.mlp.shared_expert_gate.weight"
-    _weights(original, "model.safetensors", **{name: torch.ones(1, 64)})
+    names = [f"model.layers.{layer}.mlp.shared_expert_gate.weight" for layer in range(4)]
+    _weights(original, "model.safetensors", **{name: torch.ones(1, 64) for name in names})
 
 
 def _some_experts_unquantized(_original: Path, quantized: Path) -> None:
@@ -250,6 +259,8 @@ def _some_experts_unquantized(_original: Path, quantized: Path) -> None:
         (_no_tokenizer, r"tokenizer.json: is missing; put the model's tokenizer there"),
         (_strange_tokenizer, r"has a token 900, and the model has 256; it is another model's"),
         (_broken_tokenizer, r"tokenizer.json: is not a tokenizer .*; download it again"),
+        (_weights_that_are_no_numbers, r"the perplexity is nan; download it again"),
+        (_bias, r"q_proj.bias: is a weight that .* does not know"),
         (_unknown_weight, r"shared_expert_gate.weight: is a weight that .* does not know"),
         (_some_experts_unquantized, r"layers.1.mlp.experts.3.up_proj.weight: does not have one"),
     ],
