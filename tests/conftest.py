@@ -1,8 +1,9 @@
-"""What holds for every test: one thread each, and how they are spread over processes."""
+"""What holds for every test: one thread, a cache of its own, and how they are spread out."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,14 @@ import pytest
 # Before torch is imported, here and in processes of the tests: the models are too small for
 # threads to be of use, and on a busy machine threads that wait for each other cost much.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Leave the user's cache alone, in this process and in those that it starts."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,11 +1,12 @@
 """A checkpoint on disk: read, plan, quantize in a stream, write, resume, verify."""
 
+from nxdi_expertscale.checkpoint.finished import check_finished
 from nxdi_expertscale.checkpoint.inspect import Inspection, inspect_checkpoint
 from nxdi_expertscale.checkpoint.neuron_config import NeuronSettings, neuron_settings
 from nxdi_expertscale.checkpoint.origin import mismatch
 from nxdi_expertscale.checkpoint.quantize import QuantizationResult, quantize_checkpoint
 from nxdi_expertscale.checkpoint.verify import Verification, verify_checkpoint
-from nxdi_expertscale.checkpoint.write.manifest import Manifest, is_untouched, read_manifest
+from nxdi_expertscale.checkpoint.write.manifest import Manifest, read_manifest
 
 __all__ = [
     "Inspection",
@@ -13,8 +14,8 @@ __all__ = [
     "NeuronSettings",
     "QuantizationResult",
     "Verification",
+    "check_finished",
     "inspect_checkpoint",
-    "is_untouched",
     "mismatch",
     "neuron_settings",
     "quantize_checkpoint",

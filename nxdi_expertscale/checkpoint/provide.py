@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from nxdi_expertscale.checkpoint.finished import check_finished, is_finished
 from nxdi_expertscale.checkpoint.origin import mismatch
 from nxdi_expertscale.checkpoint.quantize import quantize_checkpoint
 from nxdi_expertscale.checkpoint.read.files import INDEX, SINGLE_FILE
-from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, is_untouched
 from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
 from nxdi_expertscale.families.declaration import MoEFamily
 
@@ -42,25 +42,48 @@ def find_obstacle(source: Path, quantization_dtype: str, family: MoEFamily | Non
     return None
 
 
-def prepare_for_upstream(folder: Path, obstacle: str) -> None:
+def prepare_for_upstream(source: Path, folder: Path, obstacle: str) -> None:
     """Make a folder ready for NxDI's own quantization step.
 
     Args:
+        source: What NxDI calls the model's path.
         folder: ``quantized_checkpoints_path``; made if it is not there.
         obstacle: What :func:`find_obstacle` found.
 
     Raises:
-        CheckpointError: The folder is one of ours, which NxDI would write over.
+        CheckpointError: NxDI would write over the source, or over a folder of ours.
     """
-    if (folder / MANIFEST).exists():
-        raise CheckpointError(
-            f"{folder}: was made by nxdi-expertscale quantize from another source, and NxDI would "
-            f"write over it, because {obstacle}; name another quantized_checkpoints_path"
-        )
+    check_not_overwritten(source, folder, obstacle)
     _logger.warning("the checkpoint is quantized by NxDI itself, in memory: %s", obstacle)
     # NxDI writes safetensors to a folder that exists, and a pickle to any other path.
     if not folder.exists():
         folder.mkdir(parents=True)
+
+
+def check_not_overwritten(source: Path, folder: Path, reason: str) -> None:
+    """Check that NxDI's own step does not write where something is that it would destroy.
+
+    It writes a checkpoint of its own to ``quantized_checkpoints_path``, and Hugging Face's library
+    then removes the shards and the index that were there.
+
+    Args:
+        source: What NxDI calls the model's path.
+        folder: ``quantized_checkpoints_path``.
+        reason: Why it is NxDI's step that runs.
+
+    Raises:
+        CheckpointError: The folder is the source, or was made by ``quantize``.
+    """
+    if folder.exists() and source.exists() and folder.samefile(source):
+        raise CheckpointError(
+            f"{folder}: is the model itself, and NxDI would write its quantized weights over it "
+            f"({reason}); name another quantized_checkpoints_path"
+        )
+    if is_finished(folder):
+        raise CheckpointError(
+            f"{folder}: was made by nxdi-expertscale quantize, and NxDI would write over it, "
+            f"because {reason}; name another quantized_checkpoints_path"
+        )
 
 
 def provide_checkpoint(
@@ -84,7 +107,7 @@ def provide_checkpoint(
         CheckpointError: The folder was made from another source or with other settings, or is
             damaged, or the source is malformed.
     """
-    while not is_finished(source, folder, modules_to_not_convert):
+    while not is_provided(source, folder, modules_to_not_convert):
         _logger.info("quantizing %s to %s", source, folder)
         try:
             quantize_checkpoint(source, folder, modules_to_not_convert=modules_to_not_convert)
@@ -93,24 +116,20 @@ def provide_checkpoint(
             time.sleep(poll_seconds)
         except CheckpointError:
             # Another process may have finished it since we looked.
-            if not is_finished(source, folder, modules_to_not_convert):
+            if not is_provided(source, folder, modules_to_not_convert):
                 raise
     _logger.info("using the finished checkpoint %s", folder)
 
 
-def is_finished(source: Path, folder: Path, modules_to_not_convert: Sequence[str]) -> bool:
-    """Whether a folder is a finished checkpoint, which then has to be that of the source.
+def is_provided(source: Path, folder: Path, modules_to_not_convert: Sequence[str]) -> bool:
+    """Whether a folder is a finished checkpoint, which then has to be whole and of the source.
 
     Raises:
-        CheckpointError: It was made from another source or with other settings, or was changed.
+        CheckpointError: It was changed, or made from another source or with other settings.
     """
-    if not (folder / MANIFEST).is_file():
+    if not is_finished(folder):
         return False
-    if not is_untouched(folder):
-        raise CheckpointError(
-            f"{folder}: files of the checkpoint are missing or have other sizes; see "
-            f"'nxdi-expertscale verify {folder}', or remove the folder to have it made again"
-        )
+    check_finished(folder)
     # A host that serves may have the finished folder only, for the model and for the checkpoint.
     same = source.samefile(folder)
     reason = None if same else mismatch(folder, source, modules_to_not_convert)

@@ -43,7 +43,7 @@ def check_seams(found: Probe) -> Iterator[Finding]:
         needed |= of_families
     for seam in found.seams:
         finding = problem if seam.seam in needed else warning
-        if seam.state is State.INCOMPATIBLE:
+        if seam.state in (State.INCOMPATIBLE, State.PARTIAL):
             yield finding(f"the seam {seam.seam!r} does not fit: {seam.reason}")
         elif seam.state is State.WAITING and found.has_nxdi:
             reason = found.failures.get(seam.module, "it was imported, and not reported")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import filelock
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint, verify_checkpoint
 from nxdi_expertscale.checkpoint.parallel import Progress
+from nxdi_expertscale.checkpoint.user_cache import user_cache
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.evaluation import small_model
 from nxdi_expertscale.evaluation.evaluate import Evaluation, evaluate_checkpoint
@@ -64,7 +64,7 @@ def run(bar: Bar) -> Demo:
         CheckpointError: A fault was found in what was quantized.
     """
     corpus = small_model.python_library()
-    folder = _cache() / f"demo-{_fingerprint(corpus)}"
+    folder = user_cache() / f"demo-{_fingerprint(corpus)}"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "lock"), small_model.one_thread():
         trained = not (folder / "model").exists()
@@ -101,12 +101,6 @@ def _measure(folder: Path, name: str, bar: Bar) -> Evaluation:
         return evaluate_checkpoint(
             model, quantized, text=folder / HELD_OUT, tokens=TOKENS, progress=progress
         )
-
-
-def _cache() -> Path:
-    # The XDG Base Directory Specification: unset, empty and relative values mean the default.
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "nxdi-expertscale"
 
 
 def _fingerprint(corpus: small_model.Corpus) -> str:

@@ -2,24 +2,37 @@
 
 A patch is checked against its seam before it is applied. The outcome is kept and shown: no patch
 is skipped in silence, and a seam that does not fit never breaks the import of upstream.
+
+Modules that have imported a function by name before it was patched get the patched one as well.
+Where it is held in another way, such as a default argument, the seam is partial, and says so.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import sys
 import threading
 from collections.abc import Iterable, Sequence
 from types import ModuleType
+from typing import Any
 
 from nxdi_expertscale.hooking.locks import fork_safe_lock
 from nxdi_expertscale.hooking.patch import Patch, SeamStatus, State
+from nxdi_expertscale.hooking.references import (
+    Holder,
+    find_aliases,
+    find_holders,
+    loaded_modules,
+    modules_imported_by,
+)
 from nxdi_expertscale.hooking.watcher import ImportWatcher, is_loaded
-from nxdi_expertscale.hooking.wrapper import Installation, Place, find
+from nxdi_expertscale.hooking.wrapper import Installation, Place, find_place
 
 _logger = logging.getLogger(__name__)
 
 _NOWHERE = Place(parent=None, name="", current=None)
+_FAILED = (State.ABSENT, State.INCOMPATIBLE, State.PARTIAL)
 
 
 class _Seam:
@@ -30,30 +43,49 @@ class _Seam:
         self._state = State.WAITING
         self._reason = ""
         self._installations: list[Installation] = []
+        self._holders: list[Holder] = []
         self._in_force = True
 
     def status(self) -> SeamStatus:
-        patch = self.patch
-        return SeamStatus(patch.seam, patch.module, patch.attribute, self._state, self._reason)
+        state, reason = self._state, self._reason
+        if state is State.APPLIED and (holder := self._find_holder()):
+            state = State.PARTIAL
+            reason = (
+                f"{holder.module}.{holder.variable} holds the function as it was before it was "
+                f"patched, because {holder.module} was imported before"
+            )
+        elif state is State.WAITING and is_loaded(self.patch.module):
+            state = State.INCOMPATIBLE
+            reason = "the module came to be without being imported"
+        return SeamStatus(self.patch.seam, self.patch.module, self.patch.attribute, state, reason)
 
-    def update(self, place: Place, state: State, reason: str) -> bool:
+    def update(self, place: Place, state: State, reason: str) -> Installation | None:
         """Set the state, and install the wrapper where it fits and is not installed yet.
 
         Returns:
-            Whether this is worth a line in the log: the wrapper was installed, or the state or
-            its reason has changed.
+            The new installation, if there is one.
         """
         is_installed = any(part.is_part_of(place.current) for part in self._installations)
         if not self._in_force or is_installed:
-            return False
+            return None
+        installation = None
         if state is State.APPLIED:
             try:
-                self._install(place)
+                installation = self._install(place)
             except TypeError as error:
                 state, reason = State.INCOMPATIBLE, str(error)
-        has_changed = state is State.APPLIED or (state, reason) != (self._state, self._reason)
         self._state, self._reason = state, reason
-        return has_changed
+        return installation
+
+    def follow(
+        self, installation: Installation, aliases: Iterable[Place], holders: Iterable[Holder]
+    ) -> None:
+        """Put the patched function under the function's other names, and note what holds it."""
+        if self._in_force:
+            for alias in aliases:
+                if installation.wraps(alias.current):
+                    installation.replace_alias(alias)
+            self._holders += [item for item in holders if installation.wraps(item.function)]
 
     def uninstall(self) -> None:
         """Take the wrapper off wherever it is installed; it is not installed again."""
@@ -61,7 +93,7 @@ class _Seam:
         for installation in reversed(self._installations):
             installation.undo()
 
-    def _install(self, place: Place) -> None:
+    def _install(self, place: Place) -> Installation:
         installation = Installation(
             place,
             self.patch.wrapper,
@@ -70,6 +102,15 @@ class _Seam:
             is_in_force=lambda: self._in_force,
         )
         self._installations.append(installation)
+        return installation
+
+    def _find_holder(self) -> Holder | None:
+        # Its module may have been reloaded since, or its variable set.
+        for holder in self._holders:
+            module = sys.modules.get(holder.module)
+            if module is not None and holder in find_holders([holder.function], [module]):
+                return holder
+        return None
 
 
 class Engine:
@@ -84,7 +125,7 @@ class Engine:
         """
         self._lock = lock or threading.RLock()
         self._seams: dict[str, _Seam] = {}
-        self._watcher = ImportWatcher(self._on_loaded)
+        self._watcher = ImportWatcher(self._on_executed, self._on_found)
 
     def activate(self, patches: Iterable[Patch]) -> None:
         """Add patches, and apply those whose modules are imported already.
@@ -113,8 +154,8 @@ class Engine:
         with self._lock:
             return tuple(seam.status() for seam in self._seams.values())
 
-    def find_failed_seam(self, names: Sequence[str], *, load: bool = False) -> str | None:
-        """Find the first of these seams that is known not to be patched.
+    def find_failed_seam(self, names: Sequence[str], *, load: bool = False) -> SeamStatus | None:
+        """Find the first of these seams that is known not to be patched, or not everywhere.
 
         Args:
             names: Names of seams.
@@ -123,21 +164,17 @@ class Engine:
                 found before anything is compiled.
 
         Returns:
-            The seam's name, its place and why it is not patched, as a part of a sentence; None
-            where each is applied, native, or still waits for its module to be imported.
+            Its status, with the reason; None where each is applied, native, or still waits for
+            its module to be imported.
         """
         if load:
             self._load(names)
-        statuses = {status.seam: status for status in self.status()}
+        found = {status.seam: status for status in self.status()}
         for name in names:
-            status = statuses.get(name)
-            if status is None:
-                return f"seam {name!r}: no active patch has this name"
-            where = f"seam {name!r} ({status.module}.{status.attribute})"
-            if status.state is State.INCOMPATIBLE:
-                return f"{where}: {status.reason}"
-            if status.state is State.WAITING and is_loaded(status.module):
-                return f"{where}: the module came to be without being imported"
+            absent = SeamStatus(name, "", "", State.ABSENT, "no active patch has this name")
+            status = found.get(name, absent)
+            if status.state in _FAILED:
+                return status
         return None
 
     def _load(self, names: Sequence[str]) -> None:
@@ -153,16 +190,54 @@ class Engine:
                 with self._lock:
                     seam.update(_NOWHERE, State.INCOMPATIBLE, reason)
 
-    def _on_loaded(self, module: ModuleType) -> None:
+    def _on_executed(self, module: ModuleType) -> None:
+        new = self._install(module)
+        # In a circular import, another module has taken the functions by name by now.
+        aliases = find_aliases(_functions(new), modules_imported_by(module))
+        holders = find_holders(_functions(new), [module, *(alias.parent for alias in aliases)])
+        self._follow(new, aliases, holders)
+
+    def _on_found(self, modules: Sequence[ModuleType]) -> None:
+        new = [installed for module in modules for installed in self._install(module)]
+        if functions := _functions(new):
+            others = loaded_modules()
+            self._follow(new, find_aliases(functions, others), find_holders(functions, others))
+
+    def _install(self, module: ModuleType) -> list[tuple[_Seam, Installation]]:
+        """Check the seams of a module, and install the wrappers that fit; those that are new."""
         with self._lock:
             seams = [seam for seam in self._seams.values() if seam.patch.module == module.__name__]
+        new = []
         for seam in seams:
-            place = find(module, seam.patch.attribute)
+            place = find_place(module, seam.patch.attribute)
             state, reason = _check(seam.patch, module, place)
             with self._lock:
-                has_changed = seam.update(place, state, reason)
-            if has_changed:
-                _log(seam.status())
+                before = seam.status()
+                installation = seam.update(place, state, reason)
+                after = seam.status()
+            if installation is not None:
+                new.append((seam, installation))
+            if installation is not None or after != before:
+                _log(after)
+        return new
+
+    def _follow(
+        self,
+        new: Iterable[tuple[_Seam, Installation]],
+        aliases: Iterable[Place],
+        holders: Iterable[Holder],
+    ) -> None:
+        for seam, installation in new:
+            with self._lock:
+                seam.follow(installation, aliases, holders)
+                status = seam.status()
+            if status.state is State.PARTIAL:
+                _log(status)
+
+
+def _functions(new: Iterable[tuple[_Seam, Installation]]) -> list[Any]:
+    functions = [installation.function for _, installation in new]
+    return [function for function in functions if function is not None]
 
 
 def _check(patch: Patch, module: ModuleType, place: Place) -> tuple[State, str]:
@@ -188,6 +263,8 @@ def _log(status: SeamStatus) -> None:
         _logger.info("patched %s (%s)", where, status.seam)
     elif status.state is State.NATIVE:
         _logger.info("%s: %s", where, status.reason)
+    elif status.state is State.PARTIAL:
+        _logger.warning("%s is patched, but %s", where, status.reason)
     else:
         _logger.warning("%s not patched: %s", where, status.reason)
 

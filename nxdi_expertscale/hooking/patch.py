@@ -42,8 +42,13 @@ class State(str, enum.Enum):
     APPLIED = "applied"
     NATIVE = "native"
     """Upstream has the feature itself; the patch stands aside."""
+    PARTIAL = "partial"
+    """It is applied, but some code goes on with the function as it was before: the reason says
+    which."""
     INCOMPATIBLE = "incompatible"
     """The seam is not the one that the patch knows; the reason says how it differs."""
+    ABSENT = "absent"
+    """No active patch has the seam's name."""
 
     def __str__(self) -> str:
         return self.value
@@ -51,10 +56,22 @@ class State(str, enum.Enum):
 
 @dataclass(frozen=True)
 class SeamStatus:
-    """The state of one seam."""
+    """The state of one seam.
+
+    Attributes:
+        seam: Its name.
+        module: Upstream module that holds it.
+        attribute: Its dotted name within the module.
+        state: What became of the patch.
+        reason: Why it is native, partial, incompatible or absent.
+    """
 
     seam: str
     module: str
     attribute: str
     state: State
     reason: str = ""
+
+    def __str__(self) -> str:
+        place = f" ({self.module}.{self.attribute})" if self.module else ""
+        return f"seam {self.seam!r}{place}: {self.reason or self.state}"

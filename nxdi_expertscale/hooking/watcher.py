@@ -22,8 +22,6 @@ import wrapt
 
 _logger = logging.getLogger(__name__)
 
-ModuleCallback = Callable[[ModuleType], None]
-
 
 class ImportWatcher(MetaPathFinder):
     """A finder that finds nothing itself, and tells when watched modules are loaded.
@@ -31,14 +29,21 @@ class ImportWatcher(MetaPathFinder):
     Safe in threads: it holds no lock while a module is searched for, executed or reported.
     """
 
-    def __init__(self, on_loaded: ModuleCallback) -> None:
+    def __init__(
+        self,
+        on_executed: Callable[[ModuleType], None],
+        on_found: Callable[[Sequence[ModuleType]], None],
+    ) -> None:
         """Watch nothing yet.
 
         Args:
-            on_loaded: Called with each watched module after it was executed. What it raises
-                fails the import. It may be called twice for one execution.
+            on_executed: Called with each watched module right after it was executed. What it
+                raises fails the import.
+            on_found: Called with watched modules that were executed unwatched. Either may be
+                called for one execution, or both.
         """
-        self._on_loaded = on_loaded
+        self._on_executed = on_executed
+        self._on_found = on_found
         self._names: tuple[str, ...] = ()
         self._unfinished: dict[str, ModuleType] = {}
 
@@ -60,6 +65,7 @@ class ImportWatcher(MetaPathFinder):
         One that another thread is just importing is waited for. One that is further up in this
         thread's own chain of imports is reported at the next import that follows its end.
         """
+        found = []
         for name in self._names:
             if _is_initializing(sys.modules.get(name)):
                 _wait_for_other_threads(name)
@@ -69,7 +75,8 @@ class ImportWatcher(MetaPathFinder):
             if _is_initializing(module):
                 self._unfinished[name] = module
             else:
-                self._on_loaded(module)
+                found.append(module)
+        self._on_found(found)
 
     def report_finished(self) -> None:
         """Report modules that were half imported when they came to be watched, and are done."""
@@ -78,7 +85,7 @@ class ImportWatcher(MetaPathFinder):
                 continue
             # An import that has failed leaves nothing to report.
             if sys.modules.get(name) is module:
-                self._on_loaded(module)
+                self._on_found([module])
 
     def find_spec(
         self,
@@ -105,21 +112,21 @@ class ImportWatcher(MetaPathFinder):
     def _report(self, module: ModuleType) -> None:
         # It may have ceased to be watched since it was found.
         if module.__name__ in self._names:
-            self._on_loaded(module)
+            self._on_executed(module)
 
 
 # wrapt's classes take type arguments from 2.0 on only.
 class _ReportingLoader(wrapt.ObjectProxy):  # type: ignore[type-arg]
     """A module's loader, which reports the module after executing it."""
 
-    def __init__(self, loader: Loader, on_loaded: ModuleCallback) -> None:
+    def __init__(self, loader: Loader, report: Callable[[ModuleType], None]) -> None:
         super().__init__(loader)
-        self._self_on_loaded = on_loaded
+        self._self_report = report
 
     def exec_module(self, module: ModuleType) -> None:
         self._self_restore_loader(module)
         self.__wrapped__.exec_module(module)
-        self._self_on_loaded(module)
+        self._self_report(module)
 
     def get_code(self, fullname: str) -> CodeType | None:
         """The code that runpy executes as ``__main__``, without asking for the module.

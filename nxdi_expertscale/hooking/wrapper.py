@@ -30,7 +30,7 @@ class Place:
     current: Any
 
 
-def find(module: ModuleType, attribute: str) -> Place:
+def find_place(module: ModuleType, attribute: str) -> Place:
     """Find an attribute, such as ``MoENeuronConfig.__init__``; a class may inherit it."""
     *path, name = attribute.split(".")
     parent: Any = module
@@ -41,7 +41,7 @@ def find(module: ModuleType, attribute: str) -> Place:
     return Place(parent, name, found[0] if found else None)
 
 
-def layers(function: Any) -> Iterator[Any]:
+def unwrapping(function: Any) -> Iterator[Any]:
     """A function, what it wraps, and so on to the innermost."""
     while function is not None:
         yield function
@@ -50,6 +50,10 @@ def layers(function: Any) -> Iterator[Any]:
 
 class _PatchedMethod(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]
     """A patched method, looked up on an instance or on a class."""
+
+    @property
+    def is_in_force(self) -> bool:
+        return bool(self._self_parent.is_in_force)
 
     def __copy__(self) -> Any:
         return self
@@ -96,6 +100,11 @@ class PatchedFunction(wrapt.FunctionWrapper):  # type: ignore[type-arg]
         self._self_is_in_force = is_in_force
 
     @property
+    def home(self) -> str:
+        """Name of the module in which it is found."""
+        return str(self._self_module)
+
+    @property
     def name(self) -> str:
         """Its name in the class or module that holds it."""
         return str(self._self_attribute).rpartition(".")[2]
@@ -115,11 +124,22 @@ class PatchedFunction(wrapt.FunctionWrapper):  # type: ignore[type-arg]
         return pkgutil.resolve_name, (f"{self._self_module}:{self._self_attribute}",)
 
 
+WRAPPERS = (PatchedFunction, _PatchedMethod)
+"""The types of our wrappers."""
+
+
+def without_idle_wrappers(function: Any) -> Any:
+    """A function without those wrappers of ours around it that are not in force any more."""
+    while type(function) in WRAPPERS and not function.is_in_force:
+        function = function.__wrapped__
+    return function
+
+
 _INHERITED = object()
 
 
 class Installation:
-    """A patched function in its place; it can be undone."""
+    """A patched function in its place, and under other names of it; it can be undone."""
 
     def __init__(self, place: Place, wrapper: Wrapper, **settings: Any) -> None:
         """Install a wrapper.
@@ -132,25 +152,55 @@ class Installation:
         Raises:
             TypeError: The class does not let its attributes be set.
         """
-        wrapped = place.current
-        # One of ours that was left behind under another tool's wrapper, which is gone by now.
-        while isinstance(wrapped, PatchedFunction) and not wrapped.is_in_force:
-            wrapped = wrapped.__wrapped__
+        # One of ours may be left behind from under another tool's wrapper, which is gone by now.
+        wrapped = without_idle_wrappers(place.current)
         self._place = place
+        self._wrapped = wrapped
         self._original = wrapped if place.name in vars(place.parent) else _INHERITED
         self._function = PatchedFunction(wrapped, wrapper, **settings)
         setattr(place.parent, place.name, self._function)
+        self._aliases: list[Place] = []
+
+    @property
+    def function(self) -> Any:
+        """The function that is wrapped, which in a class is not the descriptor that stands there.
+
+        None where this place is not its own, because it is inherited or imported from elsewhere:
+        other names of it are then no other names of what is patched.
+        """
+        function = getattr(self._wrapped, "__func__", self._wrapped)
+        is_own = getattr(function, "__module__", None) == self._function.home
+        return function if is_own and self._original is not _INHERITED else None
 
     def is_part_of(self, function: Any) -> bool:
         """Whether a function is the one installed, or other wrappers around it."""
-        return any(layer is self._function for layer in layers(function))
+        return any(inner is self._function for inner in unwrapping(function))
+
+    def wraps(self, function: Any) -> bool:
+        """Whether a function is the one that is wrapped, idle wrappers around it apart."""
+        return self.function is not None and without_idle_wrappers(function) is self.function
+
+    def replace_alias(self, alias: Place) -> None:
+        """Put the patched function in the place of a module's own name for what is wrapped."""
+        module, name = alias.parent, alias.name
+        patched: Any = self._function
+        if isinstance(self._place.parent, type):
+            # As it is looked up in its class.
+            patched = self._function.__get__(None, self._place.parent)
+        if vars(module).get(name) is alias.current:
+            ModuleType.__setattr__(module, name, patched)
+            self._aliases.append(Place(module, name, patched))
 
     def undo(self) -> None:
         """Put back what was there, the very same object.
 
-        A wrapper that another tool has wrapped in turn, or imported by name, cannot be taken out
-        from under it: it stays, and as it is not in force any more, calls straight through.
+        A wrapper that another tool has wrapped in turn, or that was imported by name, cannot be
+        taken out from under it: it stays, and as it is not in force any more, calls straight
+        through.
         """
+        for alias in self._aliases:
+            if vars(alias.parent).get(alias.name) is alias.current:
+                ModuleType.__setattr__(alias.parent, alias.name, self.function)
         parent, name = self._place.parent, self._place.name
         if vars(parent).get(name) is not self._function:
             return

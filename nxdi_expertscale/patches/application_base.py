@@ -1,8 +1,9 @@
 """The seam ``neuronx_distributed_inference.models.application_base``: the checkpoint, made once.
 
 vLLM-Neuron and inference_demo have NxDI quantize the model on every compile, all of it in memory
-and over whatever is at ``quantized_checkpoints_path``. With the flag on, a finished folder there
-is used, and one that is not there is made as ``nxdi-expertscale quantize`` makes it.
+and over whatever is at ``quantized_checkpoints_path``. A finished folder of ours is used there,
+whatever the flag, and never written over. With the flag on, one that is not there is made as
+``nxdi-expertscale quantize`` makes it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from nxdi_expertscale.hooking.code import refers_to
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import seams
 from nxdi_expertscale.patches.exclusions import exclusions_for_upstream
-from nxdi_expertscale.settings.settings import read_settings
+from nxdi_expertscale.settings.settings import FLAG, read_settings
 
 MODULE = "neuronx_distributed_inference.models.application_base"
 
@@ -53,16 +54,18 @@ def _saving(families: Sequence[MoEFamily]) -> Callable[..., Any]:
     ) -> Any:
         model_path, config = inspect.signature(wrapped).bind(*args, **kwargs).args
         settings = read_settings(config.neuron_config, config, families)
-        path = settings.quantized_checkpoints_path
-        if settings.is_on and settings.is_quantized and path:
-            from nxdi_expertscale.checkpoint import provide
+        if settings.is_quantized and settings.quantized_checkpoints_path:
+            from nxdi_expertscale.checkpoint import finished, provide
 
-            source, folder = Path(model_path), Path(path)
+            source, folder = Path(model_path), Path(settings.quantized_checkpoints_path)
             obstacle = provide.find_obstacle(source, settings.quantization_dtype, settings.family)
-            if obstacle is None:
+            if obstacle is None and (settings.is_on or finished.is_finished(folder)):
                 provide.provide_checkpoint(source, folder, settings.exclusions)
                 return None
-            provide.prepare_for_upstream(folder, obstacle)
+            if settings.is_on:
+                provide.prepare_for_upstream(source, folder, str(obstacle))
+            else:
+                provide.check_not_overwritten(source, folder, obstacle or f"{FLAG} is off")
         with exclusions_for_upstream(config.neuron_config, settings.expanded_exclusions):
             return wrapped(*args, **kwargs)
 

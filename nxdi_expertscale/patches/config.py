@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -94,6 +95,10 @@ def _accept_flag(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) ->
     wrapped(*args, **kwargs)
     # An attribute of the config, so that upstream writes it to JSON and copies it.
     vars(instance)[FLAG] = value
+    path = getattr(instance, "quantized_checkpoints_path", None)
+    if isinstance(path, str):
+        # NxDI would make a folder that is named "~".
+        instance.quantized_checkpoints_path = os.path.expanduser(path)  # noqa: PTH111
     settings = read_settings(instance)
     rules.check(settings)
     rules.warn(settings)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from nxdi_expertscale.errors import IncompatibleUpstreamError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.engine import engine
+from nxdi_expertscale.hooking.patch import State
+from nxdi_expertscale.plugins.manager import ALLOW_LIST_VARIABLE, OWN_PLUGIN
 from nxdi_expertscale.settings.settings import FLAG
 
 CONFIG = "config"
@@ -47,6 +49,18 @@ def needed_by_model(family: MoEFamily) -> tuple[str, ...]:
     return (*needed_by_config(), state_dict(family))
 
 
+_REMEDIES = {
+    State.INCOMPATIBLE: (
+        f"Turn {FLAG} off, or install a release that is supported (run 'nxdi-expertscale doctor')"
+    ),
+    State.PARTIAL: (
+        "Import nxdi_expertscale before anything that imports NxDI, or set "
+        f"{ALLOW_LIST_VARIABLE}={OWN_PLUGIN}, which activates it when Python starts"
+    ),
+    State.ABSENT: f"Turn {FLAG} off, or run 'nxdi-expertscale doctor', which says why",
+}
+
+
 def require_seams(names: Sequence[str], *, load: bool = False) -> None:
     """Refuse to go on without these seams, for a user who has turned the feature on.
 
@@ -55,13 +69,13 @@ def require_seams(names: Sequence[str], *, load: bool = False) -> None:
         load: Import the modules of these seams that are not imported yet.
 
     Raises:
-        IncompatibleUpstreamError: One is not patched; the message names it and the reason.
+        IncompatibleUpstreamError: One is not patched; the message names it, the reason and what
+            to do.
     """
     failure = engine.find_failed_seam(names, load=load)
     if failure is not None:
         raise IncompatibleUpstreamError(
-            f"{FLAG} cannot work with this NxDI: {failure}. Turn {FLAG} off, or install "
-            "a release that is supported (run 'nxdi-expertscale doctor')"
+            f"{FLAG} cannot work with this NxDI: {failure}. {_REMEDIES[failure.state]}"
         )
 
 

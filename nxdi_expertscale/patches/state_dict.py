@@ -82,12 +82,13 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> dict[str, torch.Tensor]:
-        from nxdi_expertscale.checkpoint.write.manifest import names_within_range
+        from nxdi_expertscale.checkpoint.finished import checked_tensors
         from nxdi_expertscale.loading.conversion import (
             names_for_converter,
             put_in_scales,
             take_out_scales,
         )
+        from nxdi_expertscale.loading.report import report_experts
 
         state_dict, config, *_rest = inspect.signature(wrapped).bind(*args, **kwargs).args
         neuron_config = getattr(config, "neuron_config", None)
@@ -108,13 +109,18 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
                 family,
                 settings,
                 quantized_dtype=quantized_dtype(neuron_config),
-                checked_tensors=names_within_range(settings.quantized_checkpoints_path),
+                checked_tensors=checked_tensors(settings.quantized_checkpoints_path),
             )
         names = names_for_converter(settings, family)
         with exclusions_for_upstream(neuron_config, names):
             converted = wrapped(*args, **kwargs)
         with seams.layout_errors(seams.state_dict(family)):
             put_in_scales(converted, layers, family, settings)
+        report_experts(
+            layers,
+            settings.quantized_checkpoints_path,
+            expert_wise=settings.keeps_scales_apart,
+        )
         return converted
 
     return convert

@@ -17,9 +17,9 @@ from nxdi_expertscale.checkpoint import (
     quantize_checkpoint,
     verify_checkpoint,
 )
+from nxdi_expertscale.checkpoint.finished import check_finished, tensor_names
 from nxdi_expertscale.checkpoint.origin import mismatch
 from nxdi_expertscale.checkpoint.read.model import open_model
-from nxdi_expertscale.checkpoint.write.manifest import is_untouched, tensor_names
 from nxdi_expertscale.checkpoint.write.staging import WORK
 from nxdi_expertscale.errors import ExpertScaleError
 from nxdi_expertscale.evaluation.architecture import derive_architecture
@@ -96,7 +96,7 @@ def _settings(path: Path) -> None:
 
 
 def _manifest(path: Path) -> None:
-    is_untouched(path / "model")
+    check_finished(path / "model")
     tensor_names(path / "model")
     mismatch(path / "model", path / "source", ["lm_head"])
 

@@ -40,17 +40,20 @@ _COMMON: dict[str, Any] = {
 }
 
 
-def save_qwen3_moe(folder: Path, *, spread: float = 1.0, experts: int = EXPERTS) -> Path:
+def save_qwen3_moe(
+    folder: Path, *, spread: float = 1.0, experts: int = EXPERTS, **settings: Any
+) -> Path:
     """Write a Qwen3 MoE, whose output channels differ in magnitude as well.
 
     Args:
         folder: The folder to write, not there yet.
         spread: The factor between the weights of the smallest and of the largest expert.
         experts: Number of experts in each layer, of which a token goes through two.
+        settings: What its config has instead of the small sizes.
     """
     torch.manual_seed(2)
     config = Qwen3MoeConfig(
-        **_COMMON,
+        **{**_COMMON, **settings},
         moe_intermediate_size=MOE_INTERMEDIATE_SIZE,
         num_experts=experts,
         num_experts_per_tok=2,
@@ -142,10 +145,10 @@ def _factor(expert: int, spread: float) -> float:
     return spread ** (expert / (EXPERTS - 1)) / spread
 
 
-def save_qwen3(folder: Path) -> Path:
-    """Write a dense Qwen3, which can draft for the Qwen3 MoE."""
+def save_qwen3(folder: Path, **settings: Any) -> Path:
+    """Write a dense Qwen3, which can draft for the Qwen3 MoE; see :func:`save_qwen3_moe`."""
     torch.manual_seed(1)
-    model = Qwen3ForCausalLM(Qwen3Config(**_COMMON, intermediate_size=96))
+    model = Qwen3ForCausalLM(Qwen3Config(**{**_COMMON, **settings}, intermediate_size=96))
     model.save_pretrained(folder)
     return folder
 

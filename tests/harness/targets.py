@@ -62,7 +62,8 @@ class Target:
             yield running
 
 
-def _upstream_folder() -> Path | None:
+def upstream_folder() -> Path | None:
+    """The folder that the environment names, if it does."""
     value = os.environ.get(UPSTREAM_VARIABLE)
     return Path(value).resolve() if value else None
 
@@ -80,7 +81,7 @@ def all_targets() -> dict[str, Target]:
         FileNotFoundError: The folder is named and holds no release.
     """
     found = {DOUBLE: Target(DOUBLE, (Path(__file__).parents[1] / "upstream" / "double",))}
-    folder = _upstream_folder()
+    folder = upstream_folder()
     if folder is not None:
         releases = [release(child) for child in sorted(folder.glob("*.*"))]
         found |= {target.name: target for target in releases if target is not None}
@@ -94,7 +95,7 @@ def all_targets() -> dict[str, Target]:
 
 def seed() -> Target | None:
     """The seed's pull request with the NxD of its release, if both are at hand."""
-    folder = _upstream_folder()
+    folder = upstream_folder()
     if folder is None:
         return None
     paths = (folder / SEED / "nxdi" / "src", folder / _SEED_BASE / "nxd" / "src")
@@ -103,7 +104,7 @@ def seed() -> Target | None:
 
 def vllm_neuron() -> Path | None:
     """The folder that holds vLLM-Neuron's ``vllm_neuron``, if it is at hand."""
-    folder = _upstream_folder()
+    folder = upstream_folder()
     if folder is None or not (folder / VLLM_NEURON / "vllm_neuron").is_dir():
         return None
     return folder / VLLM_NEURON

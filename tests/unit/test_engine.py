@@ -478,9 +478,8 @@ def test_seam_that_does_not_fit_is_left_alone_and_said_so(
     assert seam.state is State.INCOMPATIBLE
     assert re.search(reason, seam.reason)
     assert seam.reason in caplog.text
-    assert engine.find_failed_seam([seam.seam]) == (
-        f"seam {seam.seam!r} (target.{seam.attribute}): {seam.reason}"
-    )
+    assert engine.find_failed_seam([seam.seam]) == seam
+    assert str(seam) == f"seam {seam.seam!r} (target.{seam.attribute}): {seam.reason}"
     caplog.clear()
     engine.activate([patch(**settings)])
     assert caplog.text == ""
@@ -509,9 +508,10 @@ def test_native_feature_is_left_alone_and_counts(write_module: Write, engine: En
 def test_seam_that_no_patch_has_is_a_failed_one(engine: Engine) -> None:
     engine.activate([patch()])
 
-    assert engine.find_failed_seam(["compute", "convert"]) == (
-        "seam 'convert': no active patch has this name"
-    )
+    failure = engine.find_failed_seam(["compute", "convert"])
+    assert failure is not None
+    assert failure.state is State.ABSENT
+    assert str(failure) == "seam 'convert': no active patch has this name"
 
 
 def test_module_of_a_waiting_seam_is_loaded_only_when_told(
@@ -536,7 +536,9 @@ def test_module_that_cannot_be_loaded_is_incompatible_until_it_can(
     engine.activate([patch()])
 
     failure = engine.find_failed_seam(["compute"], load=True)
-    assert re.fullmatch(r"seam 'compute' \(target\.compute\): it cannot be imported: .*", failure)
+    assert failure is not None
+    assert failure.state is State.INCOMPATIBLE
+    assert failure.reason.startswith("it cannot be imported: ")
 
     write_module(target=TARGET)
     assert importlib.import_module("target").compute(1) == 102
@@ -549,7 +551,7 @@ def test_module_that_came_without_an_import_is_not_taken_for_patched(engine: Eng
     try:
         failure = engine.find_failed_seam(["compute"])
         assert failure is not None
-        assert "without being imported" in failure
+        assert "without being imported" in failure.reason
     finally:
         del sys.modules["target"]
 

@@ -49,9 +49,9 @@ def test_a_finished_folder_is_good(src: Path, dst: Path) -> None:
     assert check_finished(dst).model_type == "qwen3_moe"
 
 
-def test_every_file_is_held_to_its_digest_whatever_its_size_and_time(dst: Path) -> None:
+def test_what_is_loaded_is_held_to_its_digest_whatever_its_size_and_time(dst: Path) -> None:
     for path in sorted(dst.glob("*")):
-        if path.name == "nxdi_expertscale.json":
+        if not path.name.startswith(("model", "config")):
             continue
         content, status = path.read_bytes(), path.stat()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -100,6 +100,14 @@ def test_other_files_in_the_folder_do_no_harm(dst: Path, name: str) -> None:
 
     check_finished(dst)
     assert verify_checkpoint(dst).faults == ()
+
+
+def test_what_is_not_loaded_may_be_edited_and_verify_tells_of_it(dst: Path) -> None:
+    (dst / "generation_config.json").write_text('{"temperature": 0.6}')
+
+    check_finished(dst)
+    (fault,) = verify_checkpoint(dst).faults
+    assert fault.where == "generation_config.json"
 
 
 def test_an_adapter_of_the_source_is_not_copied(src: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from nxdi_expertscale import CheckpointError, quantize_checkpoint
 from nxdi_expertscale.checkpoint import provide
-from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, names_within_range, tensor_names
+from nxdi_expertscale.checkpoint.finished import checked_tensors, tensor_names
+from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
 from nxdi_expertscale.checkpoint.write.staging import Staging
 from nxdi_expertscale.families.built_in import QWEN3_MOE
 from tests.harness import checkpoints
@@ -86,7 +87,7 @@ def test_other_settings_and_lost_files_are_refused_with_what_to_do(
     with pytest.raises(CheckpointError, match=r"made with other settings.*name another"):
         provide.provide_checkpoint(source, folder, ["lm_head"])
     next(folder.glob("*.safetensors")).unlink()
-    with pytest.raises(CheckpointError, match=r"files of the checkpoint are missing.*verify"):
+    with pytest.raises(CheckpointError, match=r"is missing.*verify"):
         provide.provide_checkpoint(source, folder, [])
 
 
@@ -101,31 +102,33 @@ def test_what_quantize_cannot_make_is_said(source: Path, tmp_path: Path) -> None
         assert provide.find_obstacle(path, dtype, family) == says
 
 
-def test_nxdis_own_step_gets_a_folder_and_never_one_of_ours(
+def test_nxdis_own_step_gets_a_folder_and_never_one_of_ours_or_the_model(
     source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    provide.prepare_for_upstream(tmp_path / "new" / "fp8", "the reason")
-    provide.prepare_for_upstream(tmp_path / "new" / "fp8", "the reason")
+    provide.prepare_for_upstream(source, tmp_path / "new" / "fp8", "the reason")
+    provide.prepare_for_upstream(source, tmp_path / "new" / "fp8", "the reason")
     quantize_checkpoint(source, tmp_path / "ours")
 
     assert list((tmp_path / "new" / "fp8").iterdir()) == []
     assert caplog.messages[0].endswith("quantized by NxDI itself, in memory: the reason")
     with pytest.raises(CheckpointError, match="NxDI would write over it, because the reason"):
-        provide.prepare_for_upstream(tmp_path / "ours", "the reason")
+        provide.prepare_for_upstream(source, tmp_path / "ours", "the reason")
+    with pytest.raises(CheckpointError, match=r"is the model itself.*the reason"):
+        provide.prepare_for_upstream(source, source / ".", "the reason")
 
 
-def test_the_names_of_a_finished_folder_are_known_until_it_is_changed(
-    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_the_names_of_a_finished_folder_are_known_and_a_changed_one_is_refused(
+    source: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "fp8"
-    assert names_within_range(None) == names_within_range(folder) == frozenset()
-    assert names_within_range(source) == frozenset()
+    assert checked_tensors(None) == checked_tensors(str(folder)) == frozenset()
+    assert checked_tensors(str(source)) == frozenset()
     quantize_checkpoint(source, folder)
 
-    assert names_within_range(folder) == tensor_names(folder)
-    assert "model.layers.0.mlp.experts.0.up_proj.weight_scale" in names_within_range(folder)
+    assert checked_tensors(str(folder)) == tensor_names(folder)
+    assert "model.layers.0.mlp.experts.0.up_proj.weight_scale" in checked_tensors(str(folder))
 
-    with (folder / MANIFEST).open("a") as manifest:
-        manifest.write("}")
-    assert names_within_range(folder) == frozenset()
-    assert caplog.messages[0].startswith("the range of every weight is checked: ")
+    shard = next(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match=f"{shard.name}: has other content"):
+        checked_tensors(str(folder))

@@ -49,7 +49,7 @@ SITECUSTOMIZE = """
 from nxdi_expertscale.hooking.watcher import ImportWatcher
 def replace(module):
     module.answer = lambda: "what it was given"
-ImportWatcher(replace).watch(["package.program"])
+ImportWatcher(replace, list).watch(["package.program"])
 """
 """In every process, as the package itself is where NXDI_PLUGINS names it."""
 
@@ -145,7 +145,7 @@ def test_program_that_is_run_within_a_process_is_reported(
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     monkeypatch.setattr(sys, "argv", ["python"])
     monkeypatch.delitem(sys.modules, "program", raising=False)
-    ImportWatcher(replace).watch(["program"])
+    ImportWatcher(replace, list).watch(["program"])
 
     runpy.run_module("program", run_name="__main__", alter_sys=True)
 

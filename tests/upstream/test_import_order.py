@@ -5,6 +5,7 @@ This module imports nothing of the package itself: the processes import the modu
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,3 +44,65 @@ def test_import_before_nxdi_or_after_it(
     )
 
     assert max(errors) < WITHIN_FP8
+
+
+CONTRIBUTED = """
+from neuronx_distributed_inference.models.qwen3_moe.modeling_qwen3_moe import (
+    NeuronQwen3MoeForCausalLM,
+    convert_qwen3_moe_hf_to_neuron_state_dict,
+)
+
+class NeuronContributedForCausalLM(NeuronQwen3MoeForCausalLM):
+    @staticmethod
+    def convert_hf_to_neuron_state_dict({parameters}):
+        return {converter}(state_dict, config)
+"""
+"""A model of a user's own that imports NxDI's converter by name, as Qwen3-Coder's does."""
+
+BY_NAME = CONTRIBUTED.format(
+    parameters="state_dict, config", converter="convert_qwen3_moe_hf_to_neuron_state_dict"
+)
+AS_DEFAULT = CONTRIBUTED.format(
+    parameters="state_dict, config, convert=convert_qwen3_moe_hf_to_neuron_state_dict",
+    converter="convert",
+)
+
+
+def errors_of_contribution(
+    _rank: int, folder: Path, checkpoint: Path, settings: dict[str, Any]
+) -> list[float] | str:
+    """Errors of a model whose module is imported before this package, or why it is refused."""
+    assert "nxdi_expertscale" not in sys.modules
+    sys.path.insert(0, str(folder))
+    contribution = importlib.import_module("contribution")
+    import nxdi_expertscale
+    from tests.harness import running
+
+    try:
+        config = running.inference_config(checkpoint, **settings)
+        application = contribution.NeuronContributedForCausalLM(str(checkpoint), config)
+        return running.moe_errors(checkpoint, running.load_application(application))
+    except nxdi_expertscale.IncompatibleUpstreamError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("source", [BY_NAME, AS_DEFAULT], ids=["by name", "as default"])
+def test_contributed_model_that_is_imported_before_this_package(
+    nxdi: Any, target: Target, moe: Path, tmp_path: Path, source: str
+) -> None:
+    settings = {**nxdi.quantize(moe, tmp_path / "fp8"), "expert_wise_scale": True}
+    (tmp_path / "contribution.py").write_text(source)
+
+    [outcome] = processes.run_on_ranks(
+        target, 1, tmp_path / "store", errors_of_contribution, tmp_path, moe, settings
+    )
+
+    if source == BY_NAME:
+        assert max(outcome) < WITHIN_FP8
+    else:
+        assert isinstance(outcome, str)
+        assert "seam 'state_dict:qwen3_moe'" in outcome
+        assert (
+            "contribution.NeuronContributedForCausalLM.convert_hf_to_neuron_state_dict" in outcome
+        )
+        assert "Import nxdi_expertscale before anything that imports NxDI" in outcome

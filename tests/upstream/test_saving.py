@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import threading
 import time
@@ -135,8 +136,65 @@ def test_damaged_folder_is_refused(nxdi: Any, moe: Path, tmp_path: Path) -> None
     save(nxdi, moe, folder)
     next(folder.glob("model-*.safetensors")).unlink()
 
-    with pytest.raises(ExpertScaleError, match=r"fp8: files of the checkpoint are missing"):
+    with pytest.raises(ExpertScaleError, match=r"safetensors: is missing; copy the folder again"):
         save(nxdi, moe, folder)
+
+
+def test_shard_that_was_changed_is_refused_when_it_is_loaded(
+    nxdi: Any, moe: Path, tmp_path: Path
+) -> None:
+    settings = save(nxdi, moe, tmp_path / "fp8")
+    shard = next((tmp_path / "fp8").glob("model-*.safetensors"))
+    content, status = shard.read_bytes(), shard.stat()
+    shard.write_bytes(content[:-9] + bytes(9))
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    for expert_wise in (True, False):
+        with pytest.raises(ExpertScaleError, match=f"{shard.name}: has other content"):
+            nxdi.load(moe, **settings | {"expert_wise_scale": expert_wise})
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "diffusion_pytorch_model.safetensors"])
+def test_weights_that_nxdi_would_load_instead_are_refused(
+    nxdi: Any, moe: Path, tmp_path: Path, name: str
+) -> None:
+    settings = save(nxdi, moe, tmp_path / "fp8")
+    (shard,) = (tmp_path / "fp8").glob("model-*.safetensors")
+    shutil.copy(shard, tmp_path / "fp8" / name)
+
+    with pytest.raises(ExpertScaleError, match=f"{name}: is no part of the checkpoint"):
+        nxdi.load(moe, **settings)
+
+
+def test_nxdis_own_step_leaves_a_folder_of_ours_alone(
+    nxdi: Any, source: Path, moe: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "fp8"
+    save(nxdi, moe, folder)
+    before = state_of(folder)
+
+    save(nxdi, moe, folder, expert_wise_scale=False)
+    with pytest.raises(ExpertScaleError, match="made with other settings"):
+        save(nxdi, moe, folder, expert_wise_scale=False, modules_to_not_convert=["lm_head"])
+    with pytest.raises(ExpertScaleError, match="NxDI would write over it"):
+        save(nxdi, moe, folder, expert_wise_scale=False, quantization_dtype="int8")
+
+    assert state_of(folder) == before
+
+
+def test_folder_may_be_named_from_the_home(
+    nxdi: Any, moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    config = nxdi.inference_config(
+        moe, **nxdi.FP8, expert_wise_scale=True, quantized_checkpoints_path="~/fp8"
+    )
+    nxdi.application_cls(moe).save_quantized_state_dict(str(moe), config)
+
+    assert (tmp_path / "fp8" / MANIFEST).is_file()
+    assert not (tmp_path / "~").exists()
 
 
 def test_folder_that_holds_something_else_is_refused(nxdi: Any, moe: Path, tmp_path: Path) -> None:
@@ -266,7 +324,7 @@ def test_range_of_any_other_state_dict_is_looked_at(
 ) -> None:
     every_weight = models.LAYERS * models.EXPERTS * 3
     settings = save(nxdi, moe, tmp_path / "fp8")
-    shutil.copy(moe / "config.json", tmp_path / "fp8" / "generation_config.json")
+    (tmp_path / "fp8" / MANIFEST).unlink()
     looked_at.clear()
     nxdi.load(moe, **settings)
     assert len(looked_at) == every_weight

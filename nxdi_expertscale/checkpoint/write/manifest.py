@@ -5,6 +5,7 @@ It is written last, so a folder that has one is finished.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,8 @@ from typing import Any, TypeVar
 from nxdi_expertscale.checkpoint.json_files import (
     MAX_JSON_BYTES,
     parse_json,
-    read_json,
     render_json,
 )
-from nxdi_expertscale.checkpoint.read.files import INDEX, SINGLE_FILE
 from nxdi_expertscale.errors import CheckpointError, one_line
 from nxdi_expertscale.sources.folder import is_file_name, open_folder
 
@@ -79,6 +78,12 @@ class Manifest:
     below_floor: tuple[str, ...]
     shards: tuple[FileRecord, ...]
     files: tuple[FileRecord, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the names and digests of all files: the same for the same contents."""
+        files = sorted(f"{file.name} {file.blake3}\n" for file in (*self.shards, *self.files))
+        return hashlib.sha256("".join(files).encode()).hexdigest()
 
     def to_json(self) -> bytes:
         """The manifest as the bytes of its file."""
@@ -163,53 +168,6 @@ def _of(kind: type[_Kind], value: Any) -> _Kind:
     if not isinstance(value, kind):
         raise TypeError(f"{value!r} is no {kind.__name__}")
     return value
-
-
-def is_untouched(folder: str | os.PathLike[str]) -> bool:
-    """Whether ``quantize`` finished a folder and its files still have their names and sizes.
-
-    Cheap: no file of weights is opened. Files that are no part of it are not looked at, except
-    weights that NxDI would load instead.
-    """
-    path = Path(folder)
-    if not (path / MANIFEST).is_file() or not (path / INDEX).is_file():
-        return False
-    manifest = read_manifest(path)
-    return not (path / SINGLE_FILE).exists() and all(
-        (path / record.name).is_file() and (path / record.name).stat().st_size == record.size
-        for record in (*manifest.shards, *manifest.files)
-    )
-
-
-def tensor_names(folder: str | os.PathLike[str]) -> set[str]:
-    """Names of the tensors of a finished folder, as its index has them.
-
-    Raises:
-        CheckpointError: The index is missing or damaged.
-    """
-    weight_map = read_json(open_folder(folder), INDEX).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{Path(folder) / INDEX}: has no weight_map; run quantize again")
-    return set(weight_map)
-
-
-def names_within_range(folder: str | os.PathLike[str] | None) -> frozenset[str]:
-    """Names of the tensors of a finished folder, all of which are within Neuron's range of FP8.
-
-    Args:
-        folder: A folder, whoever made it; None where there is none.
-
-    Returns:
-        The names, as the checkpoint has them; none where ``quantize`` did not make the folder, or
-        it was changed since.
-    """
-    if not folder:
-        return frozenset()
-    try:
-        return frozenset(tensor_names(folder)) if is_untouched(folder) else frozenset()
-    except CheckpointError as error:
-        _logger.warning("the range of every weight is checked: %s", error)
-        return frozenset()
 
 
 def normalized(exclusions: Sequence[str]) -> tuple[str, ...]:

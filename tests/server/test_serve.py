@@ -1,0 +1,61 @@
+"""``vllm serve`` with the README's command, as it stands there, and what a user sees of it."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nxdi_expertscale.checkpoint import read_manifest
+from tests.harness import readme
+from tests.server.conftest import Answers, Host
+from tests.server.served import PROMPTS, TOKENS, tokens_of
+from tests.server.serving import serve
+
+COMMAND = shlex.split(readme.block("bash", "vllm serve").replace("\\\n", " "))
+MODEL = COMMAND[2]
+FOLDER = readme.vllm_override()["quantized_checkpoints_path"]
+
+
+def state(folder: Path) -> dict[str, tuple[int, str]]:
+    """Of each file, when it was written and a digest of it."""
+    return {
+        path.name: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in folder.iterdir()
+    }
+
+
+@pytest.fixture
+def place(host: Host, moe: Path) -> Path:
+    """A folder that holds the model under the README's name."""
+    shutil.copytree(moe, host.folder / MODEL)
+    return host.folder
+
+
+def test_readmes_command(host: Host, place: Path, answers: Answers) -> None:
+    """The first start makes the folder, a second one uses it as it is."""
+    expected = answers.of("expert-wise", "float32")  # As the model's config has it.
+
+    with serve(COMMAND, host.environment(), place, MODEL) as server:
+        assert server.complete_at_once(PROMPTS, TOKENS) == expected
+        pieces = server.stream(PROMPTS[1], TOKENS)
+        (line,) = server.lines("FP8 experts")
+    made = state(place / FOLDER)
+    compiled = next((place / MODEL / "neuron-compiled-artifacts").iterdir())
+
+    assert len(pieces) > 1
+    assert tokens_of("".join(pieces)) == expected[1]
+    assert "nxdi_expertscale.json" in made
+    assert "loaded 2 layers of 8 FP8 experts with 8 scales per channel, one for each" in line
+    assert f"from {FOLDER} (digest {read_manifest(place / FOLDER).digest[:16]})" in line
+
+    # As a production server does: what has been compiled is loaded again.
+    artifacts = shutil.copytree(compiled, place / "artifacts")
+    reload = host.environment(NEURON_COMPILED_ARTIFACTS=str(artifacts))
+    with serve(COMMAND, reload, place, MODEL) as server:
+        assert server.complete_at_once(PROMPTS, TOKENS) == expected
+        assert server.lines("Successfully loaded pre-compiled model artifacts")
+    assert state(place / FOLDER) == made
