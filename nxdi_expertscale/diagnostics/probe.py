@@ -139,6 +139,9 @@ def report(path: str, activated_at_start: bool) -> None:
     file = Path(path)
     failures: dict[str, str] = {}
     for module in dict.fromkeys(seam.module for seam in activation.status()):
+        if is_of_vllm_neuron(module):
+            # It imports vLLM, which looks for devices.
+            continue
         # Should this import be the end of the process, the file says which it was.
         _write_json(file, {"importing": module})
         try:
@@ -163,6 +166,11 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(value))
     partial.replace(file)
+
+
+def is_of_vllm_neuron(module: str) -> bool:
+    """Whether a module is one of vLLM-Neuron's, which need not be installed."""
+    return module.partition(".")[0] == VLLM_NEURON
 
 
 def _version(package: str) -> str:

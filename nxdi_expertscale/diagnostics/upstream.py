@@ -45,6 +45,8 @@ def check_seams(found: Probe) -> Iterator[Finding]:
         finding = problem if seam.seam in needed else warning
         if seam.state in (State.INCOMPATIBLE, State.PARTIAL):
             yield finding(f"the seam {seam.seam!r} does not fit: {seam.reason}")
+        elif probe.is_of_vllm_neuron(seam.module):
+            continue
         elif seam.state is State.WAITING and found.has_nxdi:
             reason = found.failures.get(seam.module, "it was imported, and not reported")
             yield finding(f"the seam {seam.seam!r}: {seam.module} cannot be imported: {reason}")

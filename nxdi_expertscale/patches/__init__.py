@@ -17,6 +17,7 @@ from nxdi_expertscale.patches import (
     decoder_model_instance,
     inference_demo,
     model_wrapper,
+    neuronx_distributed_model_loader,
     state_dict,
 )
 from nxdi_expertscale.plugins.hookspecs import hookimpl
@@ -38,4 +39,5 @@ def nxdi_patches(families: Sequence[MoEFamily]) -> Iterable[Patch]:
         *state_dict.patches(families),
         *application_base.patches(families),
         *inference_demo.patches(),
+        *neuronx_distributed_model_loader.patches(),
     ]

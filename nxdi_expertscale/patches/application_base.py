@@ -9,6 +9,7 @@ whatever the flag, and never written over. With the flag on, one that is not the
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -18,14 +19,16 @@ from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.code import refers_to
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import seams
+from nxdi_expertscale.patches.config import checked_settings
 from nxdi_expertscale.patches.exclusions import exclusions_for_upstream
-from nxdi_expertscale.settings.settings import FLAG, read_settings
+from nxdi_expertscale.settings.compiled_config import check_compiled_config
+from nxdi_expertscale.settings.settings import FLAG
 
 MODULE = "neuronx_distributed_inference.models.application_base"
 
 
 def patches(families: Sequence[MoEFamily]) -> list[Patch]:
-    """The folder that is made once, around ``save_quantized_state_dict``."""
+    """The folder that is made once, and the check of a compiled model before it is loaded."""
     return [
         Patch(
             seam=seams.SAVE_QUANTIZED,
@@ -33,7 +36,13 @@ def patches(families: Sequence[MoEFamily]) -> list[Patch]:
             attribute="NeuronApplicationBase.save_quantized_state_dict",
             wrapper=_saving(families),
             find_incompatibility=_incompatibility,
-        )
+        ),
+        Patch(
+            seam=seams.LOAD_COMPILED,
+            module=MODULE,
+            attribute="NeuronApplicationBase.load",
+            wrapper=_check_compiled,
+        ),
     ]
 
 
@@ -53,7 +62,7 @@ def _saving(families: Sequence[MoEFamily]) -> Callable[..., Any]:
         wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         model_path, config = inspect.signature(wrapped).bind(*args, **kwargs).args
-        settings = read_settings(config.neuron_config, config, families)
+        settings = checked_settings(config, families)
         if settings.is_quantized and settings.quantized_checkpoints_path:
             from nxdi_expertscale.checkpoint import finished, provide
 
@@ -70,3 +79,12 @@ def _saving(families: Sequence[MoEFamily]) -> Callable[..., Any]:
             return wrapped(*args, **kwargs)
 
     return save_quantized_state_dict
+
+
+def _check_compiled(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    folder = inspect.signature(wrapped).bind(*args, **kwargs).args[0]
+    asked = json.loads(instance.config.to_json_string())
+    check_compiled_config(Path(folder), asked, compiled_wins=False)
+    return wrapped(*args, **kwargs)

@@ -14,7 +14,7 @@ from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.code import refers_to
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import installed_release, seams
-from nxdi_expertscale.settings import config_json, device_variables, rules
+from nxdi_expertscale.settings import compiled_config, device_variables, rules
 from nxdi_expertscale.settings.settings import FLAG, Settings, read_settings
 
 MODULE = "neuronx_distributed_inference.models.config"
@@ -55,17 +55,24 @@ def patches(families: Sequence[MoEFamily]) -> list[Patch]:
     ]
 
 
-def checked_settings(model_config: Any, families: Sequence[MoEFamily]) -> Settings:
+def checked_settings(
+    model_config: Any, families: Sequence[MoEFamily], family: MoEFamily | None = None
+) -> Settings:
     """Read and check an ``InferenceConfig`` and its neuron config.
 
     To be called wherever the flag counts: a config may have been changed since it was made.
+
+    Args:
+        model_config: The ``InferenceConfig``.
+        families: The families that are in force.
+        family: The model's family where it is known by other means than its config.
 
     Raises:
         ConfigurationError: The model could not run.
         IncompatibleUpstreamError: A seam that this model needs does not hold.
     """
     neuron_config = getattr(model_config, "neuron_config", None)
-    settings = read_settings(neuron_config, model_config, families)
+    settings = read_settings(neuron_config, model_config, families, family)
     upstream = installed_release.upstream_of(settings, neuron_config)
     settings = dataclasses.replace(settings, upstream=upstream)
     rules.check(settings)
@@ -122,7 +129,7 @@ def _keep_flag_of_another_config(
 def _check_written(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> str:
     text: str = wrapped(*args, **kwargs)
     settings = read_settings(getattr(instance, "neuron_config", None))
-    if settings.is_on and not config_json.is_on(text):
+    if settings.is_on and not compiled_config.is_on_in(text):
         raise IncompatibleUpstreamError(
             f"seam {seams.CONFIG_TO_JSON!r}: InferenceConfig.to_json_string left {FLAG}=True out; "
             "a compiled model would be loaded without it"
@@ -133,7 +140,7 @@ def _check_written(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) 
 def _check_read(wrapped: Wrapped, _: Any, args: Args, kwargs: Kwargs) -> Any:
     config = wrapped(*args, **kwargs)
     text = inspect.signature(wrapped).bind(*args, **kwargs).args[0]
-    is_lost = config_json.is_on(text) and "neuron_config" not in kwargs
+    is_lost = compiled_config.is_on_in(text) and "neuron_config" not in kwargs
     if is_lost and not read_settings(getattr(config, "neuron_config", None)).is_on:
         raise IncompatibleUpstreamError(
             f"seam {seams.CONFIG_FROM_JSON!r}: InferenceConfig.from_json_string left {FLAG}=true "

@@ -18,7 +18,8 @@ from nxdi_expertscale.hooking.code import refers_to
 from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import installed_release, seams
-from nxdi_expertscale.settings.settings import FLAG, Settings, read_settings
+from nxdi_expertscale.patches.config import checked_settings
+from nxdi_expertscale.settings.settings import FLAG, Settings
 
 if TYPE_CHECKING:
     from nxdi_expertscale.loading.passes import ExpertLayer, Passes
@@ -81,7 +82,7 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
         is_nxdis = neuron_config is not None and call.arguments.get("include") is None
         if not layers or q_config is None or not is_nxdis:
             return wrapped(*args, **kwargs)
-        settings = read_settings(neuron_config, model_config, families)
+        settings = checked_settings(model_config, families)
         family = _select_family(layers, settings)
         if family is None:
             return wrapped(*args, **kwargs)
@@ -101,7 +102,6 @@ def _select_family(layers: Sequence[ExpertLayer], settings: Settings) -> MoEFami
 
     family = passes.check_family(settings) if settings.is_on else settings.family
     if family is not None and settings.is_on:
-        seams.require_seams(seams.needed_by_model(family), load=True)
         with seams.layout_errors(seams.QUANTIZATION):
             passes.check_names(layers, family)
         return family

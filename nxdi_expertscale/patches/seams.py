@@ -20,6 +20,8 @@ CONFIG_FROM_JSON = "config_from_json"
 QUANTIZATION = "quantization"
 LOAD_MODULE = "load_module"
 SAVE_QUANTIZED = "save_quantized"
+LOAD_COMPILED = "load_compiled"
+COMPILED_ARTIFACTS = "compiled_artifacts"
 INFERENCE_DEMO = "inference_demo"
 
 
@@ -32,7 +34,8 @@ def needed_by_config() -> tuple[str, ...]:
     """The seams that every model needs.
 
     Not among them: ``save_quantized``, without which NxDI makes the checkpoint itself, one that
-    loads as well; and ``inference_demo``, which is one way to set the flag.
+    loads as well; ``inference_demo``, which is one way to set the flag; and those where a compiled
+    model is loaded, which is often one that was compiled before.
     """
     return (
         CONFIG,

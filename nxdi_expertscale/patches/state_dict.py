@@ -18,10 +18,10 @@ from nxdi_expertscale.hooking.code import names_in_code, refers_to
 from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import seams
+from nxdi_expertscale.patches.config import checked_settings
 from nxdi_expertscale.patches.exclusions import exclusions_for_upstream
 from nxdi_expertscale.patches.installed_release import quantized_dtype
-from nxdi_expertscale.settings import rules
-from nxdi_expertscale.settings.settings import FLAG, read_settings
+from nxdi_expertscale.settings.settings import FLAG
 
 if TYPE_CHECKING:
     import torch
@@ -92,13 +92,10 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
 
         state_dict, config, *_rest = inspect.signature(wrapped).bind(*args, **kwargs).args
         neuron_config = getattr(config, "neuron_config", None)
-        settings = read_settings(neuron_config, config, family=family)
+        settings = checked_settings(config, (), family)
         if not settings.is_quantized:
             return wrapped(*args, **kwargs)
-        rules.check(settings)
-        if settings.is_on:
-            seams.require_seams(seams.needed_by_model(family), load=True)
-        else:
+        if not settings.is_on:
             reason = engine.find_failed_seam(seams.needed_by_model(family), load=True)
             if reason is not None:
                 _logger.warning("the experts' scales are left to NxDI: %s", reason)

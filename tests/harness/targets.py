@@ -102,9 +102,15 @@ def seed() -> Target | None:
     return Target(_SEED_BASE, paths) if all(path.is_dir() for path in paths) else None
 
 
-def vllm_neuron() -> Path | None:
-    """The folder that holds vLLM-Neuron's ``vllm_neuron``, if it is at hand."""
+def vllm_neuron_releases() -> dict[str, Path]:
+    """The folders that hold the ``vllm_neuron`` of its releases, those that are at hand.
+
+    They are named ``vllm-neuron-0.5.0`` and so on.
+    """
     folder = upstream_folder()
-    if folder is None or not (folder / VLLM_NEURON / "vllm_neuron").is_dir():
-        return None
-    return folder / VLLM_NEURON
+    found = sorted(folder.glob(f"{VLLM_NEURON}-*")) if folder is not None else []
+    return {
+        path.name.removeprefix(f"{VLLM_NEURON}-"): path
+        for path in found
+        if (path / "vllm_neuron").is_dir()
+    }

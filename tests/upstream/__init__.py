@@ -10,9 +10,8 @@ Nothing of it has to be installed, and no device is needed; what the sources imp
 closed packages is stood in for (:mod:`tests.harness.standins`). A folder ``pr35/nxdi`` beside the
 releases, if there is one, is the pull request that this project started from (on NxDI 0.7): its
 results are compared with ours bit for bit.
-A folder ``vllm-neuron/vllm_neuron`` (vllm-project/vllm-neuron, 0.2.0) is tested with each release.
-Folders ``vllm-neuron-0.5.0/vllm_neuron`` and so on, one for each release of vLLM-Neuron, are what
-real servers are made of (:mod:`tests.server`).
+Folders ``vllm-neuron-0.5.0/vllm_neuron`` and so on, one for each release of vLLM-Neuron, are tested
+with each release of NxDI, and real servers are made of them (:mod:`tests.server`).
 
 Two releases cannot be imported in one process. So a test runs in a process that belongs to its
 target, and its reports are replayed here (:mod:`tests.upstream.workers`). To run a target's tests

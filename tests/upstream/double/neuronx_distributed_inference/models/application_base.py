@@ -71,6 +71,20 @@ class NeuronApplicationBase(torch.nn.Module):
     def update_state_dict_for_tied_weights(state_dict: dict[str, Any]) -> None:
         raise NotImplementedError("State-dict update not implemented")
 
+    def compile(self, compiled_model_path: str) -> None:
+        self.config.save(compiled_model_path)
+        torch.jit.save(torch.jit.script(torch.nn.Identity()), Path(compiled_model_path, "model.pt"))
+
+    def load(
+        self,
+        compiled_model_path: str,
+        start_rank_id: int | None = None,
+        local_ranks_size: int | None = None,
+        skip_warmup: bool = False,
+    ) -> None:
+        self.traced_model = torch.jit.load(str(Path(compiled_model_path, "model.pt")))
+        self.checkpoint_loader_fn()
+
     def checkpoint_loader_fn(self, mmap: bool = False) -> dict[str, torch.Tensor]:
         model_path = self.model_path
         if self.neuron_config.quantized:
