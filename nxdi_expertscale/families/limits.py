@@ -21,7 +21,7 @@ class Effect(str, enum.Enum):
     """What comes of a limit."""
 
     WRONG = "it answers wrongly"
-    FAILS = "it fails to load the model"
+    FAILS = "it cannot run the model"
     INEXACT = "its answers differ slightly"
     """By less than what FP8 costs."""
 

@@ -52,35 +52,34 @@ def save_qwen3_moe(
         settings: What its config has instead of the small sizes.
     """
     torch.manual_seed(2)
-    config = Qwen3MoeConfig(
-        **{**_COMMON, **settings},
-        moe_intermediate_size=MOE_INTERMEDIATE_SIZE,
-        num_experts=experts,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-    )
-    model = Qwen3MoeForCausalLM(config)
+    usual = {
+        **_COMMON,
+        "moe_intermediate_size": MOE_INTERMEDIATE_SIZE,
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    }
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**usual, **settings}))
     with torch.no_grad():
         for layer in model.model.layers:
-            for number, expert in enumerate(layer.mlp.experts):
+            for number, expert in enumerate(getattr(layer.mlp, "experts", ())):
                 factor = spread ** (number / (experts - 1)) / spread
                 for projection in (expert.gate_proj, expert.up_proj, expert.down_proj):
                     projection.weight.mul_(factor * _of_channels(projection.weight))
-    model.save_pretrained(folder)
-    return folder
+    return _save(model, folder)
 
 
-def save_mixtral(folder: Path, *, spread: float = 1.0) -> Path:
+def save_mixtral(folder: Path, *, spread: float = 1.0, **settings: Any) -> Path:
     """Write a Mixtral; see :func:`save_qwen3_moe`."""
     torch.manual_seed(2)
-    config = MixtralConfig(
+    usual = {
         **_COMMON,
-        intermediate_size=MOE_INTERMEDIATE_SIZE,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=2,
-        sliding_window=None,
-    )
-    model = MixtralForCausalLM(config)
+        "intermediate_size": MOE_INTERMEDIATE_SIZE,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    }
+    model = MixtralForCausalLM(MixtralConfig(**{**usual, **settings}))
     with torch.no_grad():
         for layer in model.model.layers:
             for number, expert in enumerate(layer.block_sparse_moe.experts):
@@ -88,11 +87,10 @@ def save_mixtral(folder: Path, *, spread: float = 1.0) -> Path:
                     projection.weight.mul_(
                         _factor(number, spread) * _of_channels(projection.weight)
                     )
-    model.save_pretrained(folder)
-    return folder
+    return _save(model, folder)
 
 
-def save_llama4(folder: Path, *, spread: float = 1.0) -> Path:
+def save_llama4(folder: Path, *, spread: float = 1.0, **settings: Any) -> Path:
     """Write a Llama 4 that also sees, as the published ones are; see :func:`save_qwen3_moe`.
 
     Every second layer has experts, one tensor for all of them, beside one that is shared.
@@ -108,6 +106,8 @@ def save_llama4(folder: Path, *, spread: float = 1.0) -> Path:
         "attn_temperature_tuning": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "num_hidden_layers": 4,
+        **settings,
     }
     vision = {
         "hidden_size": 32,
@@ -122,16 +122,28 @@ def save_llama4(folder: Path, *, spread: float = 1.0) -> Path:
     }
     tokens = {"boi_token_index": 120, "eoi_token_index": 121, "image_token_index": 122}
     model = Llama4ForConditionalGeneration(
-        Llama4Config(text_config={**text, "num_hidden_layers": 4}, vision_config=vision, **tokens)
+        Llama4Config(text_config=text, vision_config=vision, **tokens)
     )
     with torch.no_grad():
-        for layer in model.language_model.model.layers[1::2]:
+        for layer in model.language_model.model.layers:
+            if not hasattr(layer.feed_forward, "experts"):
+                continue
             for stacked in (
                 layer.feed_forward.experts.gate_up_proj,
                 layer.feed_forward.experts.down_proj,
             ):
                 for number, expert in enumerate(stacked.normal_(0, 0.1)):
                     expert.mul_(_factor(number, spread))
+    return _save(model, folder)
+
+
+def _save(model: PreTrainedModel, folder: Path) -> Path:
+    """Write a model; biases, which Hugging Face makes zero, are given random numbers."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(0, 0.5, generator=generator)
     model.save_pretrained(folder)
     return folder
 

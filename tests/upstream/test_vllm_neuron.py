@@ -302,8 +302,12 @@ def test_refusal_of_a_checkpoint_is_no_reason_to_compile_anew(
     artifacts = tmp_path / "artifacts"
     monkeypatch.setenv("NEURON_COMPILED_ARTIFACTS", str(artifacts))
     save_compiled_config(loader, application, model, artifacts, fp8)
-    # The compiled model itself, and the device's software.
-    monkeypatch.setattr("torch_neuronx.__version__", "2.8", raising=False)
+    # The compiled model itself, and the sharding of its weights, which begins with reading them.
+    monkeypatch.setattr(
+        application,
+        "get_builder",
+        lambda model: SimpleNamespace(shard_checkpoint=model.checkpoint_loader_fn),
+    )
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: torch.nn.Identity())
     lost = spoil(Path(fp8["quantized_checkpoints_path"]))
 

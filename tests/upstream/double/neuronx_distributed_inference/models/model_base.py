@@ -34,12 +34,18 @@ def _rotated(heads: torch.Tensor, positions: torch.Tensor, base: float) -> torch
     return heads * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
 
 
+def head_dim_of(config: InferenceConfig) -> int:
+    """Width of a head; a model's attention may have its own idea of it."""
+    size: int = getattr(config, "attention_head_dim", None) or config.head_dim
+    return size
+
+
 class GroupQueryAttentionQKV(nn.Module):
     """The projections to queries, keys and values: three weights, or one."""
 
     def __init__(self, config: InferenceConfig) -> None:
         super().__init__()
-        hidden, head = config.hidden_size, config.head_dim
+        hidden, head = config.hidden_size, head_dim_of(config)
         self.sizes = [
             count * head
             for count in (
@@ -82,7 +88,7 @@ class GroupQueryAttentionO(nn.Module):
     def __init__(self, config: InferenceConfig) -> None:
         super().__init__()
         self.o_proj = RowParallelLinear(
-            config.num_attention_heads * config.head_dim,
+            config.num_attention_heads * head_dim_of(config),
             config.hidden_size,
             bias=False,
             dtype=config.neuron_config.torch_dtype,
@@ -103,12 +109,12 @@ class NeuronAttentionBase(nn.Module):
 
     def __init__(self, config: InferenceConfig, qk_norm: bool) -> None:
         super().__init__()
-        self.head_dim, self.base = config.head_dim, config.rope_theta
+        self.head_dim, self.base = head_dim_of(config), config.rope_theta
         self.rank_util = SPMDRank(world_size=config.neuron_config.tp_degree)
         self.qkv_proj = GroupQueryAttentionQKV(config)
         self.o_proj = GroupQueryAttentionO(config)
         self.q_layernorm, self.k_layernorm = (
-            nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if qk_norm else nn.Identity()
+            nn.RMSNorm(head_dim_of(config), eps=config.rms_norm_eps) if qk_norm else nn.Identity()
             for _ in range(2)
         )
 
@@ -128,7 +134,7 @@ class KVCacheManager(nn.Module):
         super().__init__()
         settings = config.neuron_config
         heads = config.num_key_value_heads // settings.tp_degree
-        shape = (settings.kv_cache_batch_size, heads, settings.max_length, config.head_dim)
+        shape = (settings.kv_cache_batch_size, heads, settings.max_length, head_dim_of(config))
         self.past_key_values = nn.ParameterList(
             nn.Parameter(torch.zeros(shape, dtype=settings.torch_dtype), requires_grad=False)
             for _ in range(2 * config.num_hidden_layers)

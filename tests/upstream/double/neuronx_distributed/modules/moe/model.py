@@ -59,6 +59,8 @@ class ExpertMLPsV2(nn.Module):
         normalize_top_k_affinities: bool,
     ) -> None:
         super().__init__()
+        if normalize_top_k_affinities and top_k <= 1:
+            raise ValueError("top_k must be greater than 1 for normalizing top-k expert affinities")
         self.num_experts, self.top_k = num_experts, top_k
         self.normalize = normalize_top_k_affinities
         self.mlp_op = Experts(num_experts, hidden_size, intermediate_size, dtype)

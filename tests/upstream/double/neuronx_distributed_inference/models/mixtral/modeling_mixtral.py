@@ -39,6 +39,10 @@ def convert_mixtral_to_neuron_state_dict(
 
 
 class MixtralInferenceConfig(InferenceConfig):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.attention_head_dim = self.hidden_size // self.num_attention_heads
+
     def get_required_attributes(self) -> list[str]:
         return [
             "hidden_size",
