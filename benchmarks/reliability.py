@@ -41,6 +41,7 @@ from rich.table import Table
 from nxdi_expertscale import cli
 from nxdi_expertscale.checkpoint import quantize
 from nxdi_expertscale.checkpoint.parallel import Progress
+from nxdi_expertscale.checkpoint.write.staging import WORK
 from tests.harness import checkpoints
 
 INDEX = "model.safetensors.index.json"
@@ -288,6 +289,84 @@ def _change_after(path: Path, kind: str, part: float, content: bytes) -> Progres
     return change
 
 
+def _stop_at(part: float, number: signal.Signals) -> Progress:
+    """End the run when a part of the work is done: before anything is published."""
+
+    stopped = False
+
+    def stop(done: int, total: int) -> None:
+        nonlocal stopped
+        if done >= part * total and not stopped:
+            stopped = True
+            os.kill(os.getpid(), number)
+
+    return stop
+
+
+def with_a_damaged_shard(ground: Ground) -> int:
+    """A byte of a file that a run left unfinished is another one when it goes on."""
+    status = finished(ground, _stop_at, ground.chance.uniform(0.3, 1), signal.SIGKILL)
+    shards = sorted((ground.dst / WORK).glob("*.safetensors"))
+    if shards:
+        _change_with_times_kept(ground.chance.choice(shards), _flipped(ground.chance))
+    return status
+
+
+def _flipped(chance: random.Random) -> Callable[[bytes], bytes]:
+    def flip(content: bytes) -> bytes:
+        at = chance.randrange(len(content))
+        return content[:at] + bytes([content[at] ^ (1 << chance.randrange(8))]) + content[at + 1 :]
+
+    return flip
+
+
+def with_a_source_that_is_replaced(ground: Ground) -> int:
+    """Another model of the same sizes and times is in place of the source until a run is ended."""
+    path = ground.chance.choice(sorted(ground.src.glob("*.safetensors")))
+    good = path.read_bytes()
+    _change_with_times_kept(path, _negated)
+    status = finished(ground, _stop_at, ground.chance.uniform(0.1, 1), signal.SIGKILL)
+    _change_with_times_kept(path, lambda _: good)
+    return status
+
+
+def _change_with_times_kept(path: Path, change: Callable[[bytes], bytes]) -> None:
+    before = path.stat()
+    path.write_bytes(change(path.read_bytes()))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def with_the_folder_swapped(ground: Ground) -> int:
+    """The hidden folder becomes a link to a stranger's, with files of the same names."""
+    stranger = ground.folder / "stranger"
+    stranger.mkdir()
+    status = finished(ground, _swap_and_stop, ground.dst / WORK, stranger, ground.chance.random())
+    strangers_files = {path.name: path.read_bytes() for path in stranger.iterdir()}
+    if set(strangers_files.values()) != {b"precious"}:
+        return STRANGER_LOST
+    # What the message of the next run asks for.
+    (ground.dst / WORK).unlink()
+    return status
+
+
+def _swap_and_stop(work: Path, stranger: Path, part: float) -> Progress:
+    stop = _stop_at(part, signal.SIGINT)
+
+    def swap(done: int, total: int) -> None:
+        if done >= part * total and not work.is_symlink():
+            for name in [*(path.name for path in work.iterdir()), "precious"]:
+                (stranger / name).write_bytes(b"precious")
+            work.rename(work.with_name("aside"))
+            work.symlink_to(stranger)
+            shutil.move(work.with_name("aside"), stranger.parent)
+        stop(done, total)
+
+    return swap
+
+
+STRANGER_LOST = 1
+"""The status that stands for files of a stranger that are gone or changed; no run gives it."""
+
 FAULTS: dict[str, Callable[[Ground], int]] = {
     "SIGKILL": by_signal(signal.SIGKILL),
     "SIGTERM": by_signal(signal.SIGTERM),
@@ -299,6 +378,9 @@ FAULTS: dict[str, Callable[[Ground], int]] = {
     "permission denied": without_permission,
     "source changed while read": while_the_source_changes,
     "clock jumps": with_a_jump,
+    "shard damaged between two runs": with_a_damaged_shard,
+    "source replaced, its times kept": with_a_source_that_is_replaced,
+    "staging folder swapped": with_the_folder_swapped,
 }
 NEED_ROOT = ("disk full (a real one)", "permission denied")
 
