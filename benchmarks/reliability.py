@@ -291,7 +291,6 @@ def _change_after(path: Path, kind: str, part: float, content: bytes) -> Progres
 
 def _stop_at(part: float, number: signal.Signals) -> Progress:
     """End the run when a part of the work is done: before anything is published."""
-
     stopped = False
 
     def stop(done: int, total: int) -> None:
