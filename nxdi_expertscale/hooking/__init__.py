@@ -1,1 +1,1 @@
-"""Patches functions of modules when they are imported; knows nothing of what they are for."""
+"""Patches functions when their modules are imported; independent of what the patches do."""

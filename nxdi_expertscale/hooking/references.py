@@ -1,7 +1,7 @@
-"""Finds by what else a function can be called: other names of it, and objects that hold it.
+"""Finds what refers to a function: variables of modules that are it, and those that hold it.
 
-Namespaces are read as they are: no attribute of a module or of a class is asked for, which might
-run code of theirs, or import a module that is loaded lazily.
+Namespaces are read as they are. No attribute of a module or of a class is looked up, which might
+run code of theirs or import a module that is loaded lazily.
 """
 
 from __future__ import annotations
@@ -14,20 +14,27 @@ from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
 
-from nxdi_expertscale.hooking.wrapper import WRAPPERS, Place, without_idle_wrappers
+from nxdi_expertscale.hooking.wrapper import (
+    WRAPPERS,
+    Place,
+    namespace_of,
+    without_idle_wrappers,
+)
 
 _DEPTH = 4
-"""How far a module's variables are looked into: a class, its method, that one's closure, a dict."""
+"""How many objects within one another are looked into, from a module's variable on."""
+
+_namespace_of_class = vars(type)["__dict__"].__get__
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A global variable of a module that is not a function but holds it, such as a partial.
+    """A global variable of a module that holds a function, such as a partial of it.
 
     Attributes:
         function: The function that is held.
         module: Name of the module.
-        variable: Name of the variable, for a class with the attribute: ``Model.convert``.
+        variable: Name of the variable; ``Model.convert`` for an attribute of a class.
     """
 
     function: Any
@@ -36,49 +43,53 @@ class Holder:
 
 
 def loaded_modules() -> list[ModuleType]:
-    """Every module there is, each once."""
+    """Every loaded module, each once whatever names it has."""
     found = {id(module): module for module in list(sys.modules.values())}
-    # Not isinstance, for which an object may pretend to be a module.
+    # isinstance would run the code of an object that pretends to be a module.
     return [module for module in found.values() if issubclass(type(module), ModuleType)]
 
 
 def modules_imported_by(module: ModuleType) -> list[ModuleType]:
-    """A module, and those imported while it was executed, or still being so.
+    """The module, those whose import began after its own, and those whose import goes on.
 
-    No other one can have a function that came to be in its execution. In order to be right where
-    it was reloaded, or where several threads import, these may be too many.
+    No other can refer to a function that was defined when the module was executed just now.
     """
     modules = loaded_modules()
-    names = [id(other) for other in modules]
-    begin = names.index(id(module)) if id(module) in names else 0
-    return [
-        other for place, other in enumerate(modules) if place >= begin or _is_initializing(other)
-    ]
+    identities = [id(other) for other in modules]
+    first = identities.index(id(module)) if id(module) in identities else 0
+    older = [other for other in modules[:first] if _is_initializing(other)]
+    return [*older, *modules[first:]]
 
 
 def find_aliases(functions: Collection[Any], modules: Collection[ModuleType]) -> list[Place]:
-    """The global variables of these modules that are one of the functions.
+    """Find the global variables of modules that are one of some functions.
 
-    A wrapper of ours that is not in force any more stands for the function in it.
+    Args:
+        functions: The functions. An idle wrapper of ours counts as the function in it.
+        modules: Where to look.
     """
     wanted = {id(function) for function in functions}
     return [
         Place(module, name, value)
         for module in modules
-        for name, value in list(_namespace(module).items())
+        for name, value in list(namespace_of(module).items())
         if id(without_idle_wrappers(value)) in wanted
     ]
 
 
 def find_holders(functions: Collection[Any], modules: Collection[ModuleType]) -> list[Holder]:
-    """The global variables of these modules that hold one of the functions.
+    """Find the global variables of modules that hold one of some functions.
 
-    Looked into are functions (defaults and closures), attributes of the module's own classes,
-    partials, caches and built-in containers.
+    Functions hold what is in their defaults and closures, classes what is in the attributes that
+    they define in their module; the rest are partials, caches and built-in containers.
+
+    Args:
+        functions: The functions. An idle wrapper of ours counts as the function in it.
+        modules: Where to look.
     """
     wanted = {id(function): function for function in functions}
     return [
-        Holder(wanted[key], str(_namespace(module).get("__name__")), variable)
+        Holder(wanted[key], str(namespace_of(module).get("__name__")), variable)
         for module in modules
         for variable, value in _variables(module)
         for key in _held(value, wanted.keys(), _DEPTH)
@@ -86,16 +97,16 @@ def find_holders(functions: Collection[Any], modules: Collection[ModuleType]) ->
 
 
 def _variables(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """The variables of a module that may hold a function, those of its own classes included."""
-    namespace = _namespace(module)
+    """The variables of a module that may hold a function, and the attributes of its classes."""
+    namespace = namespace_of(module)
     for name, value in list(namespace.items()):
         if type(value) in _READERS:
             yield name, value
         elif issubclass(type(value), type):
-            attributes = type.__getattribute__(value, "__dict__").copy()
+            attributes = _namespace_of_class(value).copy()
             if attributes.get("__module__") == namespace.get("__name__"):
                 for key, item in attributes.items():
-                    # In a tuple, for here it counts whether the item itself is a function.
+                    # In a tuple, which holds the attribute: that may be the function itself.
                     yield f"{name}.{key}", (item,)
 
 
@@ -133,10 +144,5 @@ _READERS: dict[type, Callable[[Any], Iterable[Any]]] = {
 }
 
 
-def _namespace(module: ModuleType) -> dict[str, Any]:
-    found = object.__getattribute__(module, "__dict__")
-    return found if isinstance(found, dict) else {}
-
-
 def _is_initializing(module: ModuleType) -> bool:
-    return bool(getattr(_namespace(module).get("__spec__"), "_initializing", False))
+    return bool(getattr(namespace_of(module).get("__spec__"), "_initializing", False))

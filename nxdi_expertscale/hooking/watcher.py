@@ -1,9 +1,9 @@
-"""Calls back each time one of certain modules has been imported: first import, re-import, reload.
+"""Reports when certain modules have been imported: for the first time, again, or by a reload.
 
-wrapt's own post-import hooks fire once. A module that is reloaded, or imported anew after a failed
-attempt, would come back unpatched, and a model would run wrong without a word. Neither do they
-see a module that is run as a program, with ``python -m``: here its ``main`` is called after it was
-imported under its own name.
+wrapt's own post-import hooks fire once. A module that is reloaded, or imported again after a failed
+attempt, would stay unpatched, and a model would compute wrong results without an error. Nor do they
+see a module that is run with ``python -m``: here it is imported under its own name, and its
+``main`` is called.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ImportWatcher(MetaPathFinder):
-    """A finder that finds nothing itself, and tells when watched modules are loaded.
+    """A finder on ``sys.meta_path`` that reports watched modules, which other finders find.
 
     Safe in threads: it holds no lock while a module is searched for, executed or reported.
     """
@@ -39,8 +39,8 @@ class ImportWatcher(MetaPathFinder):
         Args:
             on_executed: Called with each watched module right after it was executed. What it
                 raises fails the import.
-            on_found: Called with watched modules that were executed unwatched. Either may be
-                called for one execution, or both.
+            on_found: Called with modules that were executed before they were watched. Where
+                threads import and watch at once, both may be called for one execution.
         """
         self._on_executed = on_executed
         self._on_found = on_found
@@ -62,8 +62,8 @@ class ImportWatcher(MetaPathFinder):
     def report_loaded(self) -> None:
         """Report the watched modules that are loaded already.
 
-        One that another thread is just importing is waited for. One that is further up in this
-        thread's own chain of imports is reported at the next import that follows its end.
+        An import that another thread has begun is waited for. One that this thread is in the
+        midst of is reported by the first import after its end.
         """
         found = []
         for name in self._names:
@@ -79,7 +79,7 @@ class ImportWatcher(MetaPathFinder):
         self._on_found(found)
 
     def report_finished(self) -> None:
-        """Report modules that were half imported when they came to be watched, and are done."""
+        """Report the modules whose import had begun when they were first watched, and has ended."""
         for name, module in list(self._unfinished.items()):
             if _is_initializing(module) or self._unfinished.pop(name, None) is None:
                 continue
@@ -110,7 +110,7 @@ class ImportWatcher(MetaPathFinder):
         return None
 
     def _report(self, module: ModuleType) -> None:
-        # It may have ceased to be watched since it was found.
+        # It may be watched no longer, since it was found.
         if module.__name__ in self._names:
             self._on_executed(module)
 
@@ -159,13 +159,13 @@ _MAIN_PART = "if __name__ == '__main__':\n    main()"
 
 
 def _only_calls_main(source: str | None) -> bool:
-    """Whether a module that is run as a program calls its own ``main`` at its end, no more."""
+    """Whether all that a module does as a program is to call its ``main``, at its end."""
     statements = ast.parse(source or "").body
     return bool(statements) and ast.unparse(statements[-1]) == _MAIN_PART
 
 
 def is_loaded(name: str) -> bool:
-    """Whether a module is imported, all of it."""
+    """Whether a module has been imported to its end."""
     module = sys.modules.get(name)
     return module is not None and not _is_initializing(module)
 
@@ -175,10 +175,10 @@ def _is_initializing(module: ModuleType | None) -> bool:
 
 
 def _wait_for_other_threads(name: str) -> None:
-    # The import system itself waits here for a module that another thread is importing, and
-    # returns at once in the thread that is importing it.
+    # The import system waits for a module that another thread is importing, and returns at once
+    # in the thread that is importing it.
     try:
         importlib.import_module(name)
     except Exception as error:
-        # That import fails in its own thread too, and says so there; the next one is watched.
+        # It is raised in the thread of that import as well; the next import is watched.
         _logger.debug("import of %s failed while it was waited for: %s", name, error)

@@ -1,4 +1,4 @@
-"""Puts a wrapper in the place of a function, and the very object that was there back again."""
+"""Replaces a function by a wrapper around it, and restores the very object that was there."""
 
 from __future__ import annotations
 
@@ -15,14 +15,23 @@ Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], A
 """A wrapt wrapper: ``(wrapped, instance, args, kwargs)``."""
 
 
+_namespace_of_module = vars(ModuleType)["__dict__"].__get__
+
+
+def namespace_of(module: ModuleType) -> dict[str, Any]:
+    """The global variables of a module, without running any code that its type may have."""
+    namespace: dict[str, Any] = _namespace_of_module(module)
+    return namespace
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where an attribute of a module stands.
+    """A module's or a class's attribute.
 
     Attributes:
         parent: The module or the class that the attribute is looked up in; None if there is none.
         name: The attribute's name in it.
-        current: What is there, not what its descriptors make of it; None if there is nothing.
+        current: The object there, before its descriptor is called; None if there is none.
     """
 
     parent: Any
@@ -31,7 +40,12 @@ class Place:
 
 
 def find_place(module: ModuleType, attribute: str) -> Place:
-    """Find an attribute, such as ``MoENeuronConfig.__init__``; a class may inherit it."""
+    """Find an attribute of a module.
+
+    Args:
+        module: The module.
+        attribute: Dotted name, such as ``MoENeuronConfig.__init__``. A class may inherit it.
+    """
     *path, name = attribute.split(".")
     parent: Any = module
     for part in path:
@@ -92,7 +106,7 @@ class PatchedFunction(wrapt.FunctionWrapper):  # type: ignore[type-arg]
             wrapper: What is called in its place.
             module: Module in which it is found.
             attribute: Its dotted name there.
-            is_in_force: Asked at each call; the wrapper is passed by where it is not.
+            is_in_force: Called at each call; where it gives False, ``wrapped`` is called alone.
         """
         super().__init__(wrapped, wrapper, enabled=is_in_force)
         self._self_module = module
@@ -145,14 +159,14 @@ class Installation:
         """Install a wrapper.
 
         Args:
-            place: Where.
-            wrapper: What is called in place of what is there.
-            settings: The rest of what :class:`PatchedFunction` takes.
+            place: What to replace.
+            wrapper: What is called in its place.
+            settings: The other arguments of :class:`PatchedFunction`.
 
         Raises:
             TypeError: The class does not let its attributes be set.
         """
-        # One of ours may be left behind from under another tool's wrapper, which is gone by now.
+        # A wrapper of ours stays behind where another tool had wrapped it; that one is gone now.
         wrapped = without_idle_wrappers(place.current)
         self._place = place
         self._wrapped = wrapped
@@ -163,10 +177,10 @@ class Installation:
 
     @property
     def function(self) -> Any:
-        """The function that is wrapped, which in a class is not the descriptor that stands there.
+        """The function that is wrapped, of a static method the function within.
 
-        None where this place is not its own, because it is inherited or imported from elsewhere:
-        other names of it are then no other names of what is patched.
+        None where it is inherited, or imported from another module: whoever else refers to it
+        then does not mean what is patched here.
         """
         function = getattr(self._wrapped, "__func__", self._wrapped)
         is_own = getattr(function, "__module__", None) == self._function.home
@@ -177,30 +191,34 @@ class Installation:
         return any(inner is self._function for inner in unwrapping(function))
 
     def wraps(self, function: Any) -> bool:
-        """Whether a function is the one that is wrapped, idle wrappers around it apart."""
+        """Whether a function is the one that is wrapped, or idle wrappers of ours around it."""
         return self.function is not None and without_idle_wrappers(function) is self.function
 
     def replace_alias(self, alias: Place) -> None:
-        """Put the patched function in the place of a module's own name for what is wrapped."""
-        module, name = alias.parent, alias.name
+        """Bind another module's name for the function to the patched one.
+
+        Args:
+            alias: A global variable of a module; left alone where it has changed since.
+        """
         patched: Any = self._function
         if isinstance(self._place.parent, type):
             # As it is looked up in its class.
             patched = self._function.__get__(None, self._place.parent)
-        if vars(module).get(name) is alias.current:
-            ModuleType.__setattr__(module, name, patched)
-            self._aliases.append(Place(module, name, patched))
+        namespace = namespace_of(alias.parent)
+        if namespace.get(alias.name) is alias.current:
+            namespace[alias.name] = patched
+            self._aliases.append(Place(alias.parent, alias.name, patched))
 
     def undo(self) -> None:
-        """Put back what was there, the very same object.
+        """Restore what was there, the very same object.
 
-        A wrapper that another tool has wrapped in turn, or that was imported by name, cannot be
-        taken out from under it: it stays, and as it is not in force any more, calls straight
-        through.
+        A wrapper that another tool has wrapped in turn, or that was imported by name, stays
+        where it is. It is not in force any more, and calls the function alone.
         """
         for alias in self._aliases:
-            if vars(alias.parent).get(alias.name) is alias.current:
-                ModuleType.__setattr__(alias.parent, alias.name, self.function)
+            namespace = namespace_of(alias.parent)
+            if namespace.get(alias.name) is alias.current:
+                namespace[alias.name] = self.function
         parent, name = self._place.parent, self._place.name
         if vars(parent).get(name) is not self._function:
             return

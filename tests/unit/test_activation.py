@@ -50,3 +50,10 @@ def test_importing_the_package_imports_neither_torch_nor_upstream() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout == "[]\n"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in nxdi_expertscale.__all__:
+        assert getattr(nxdi_expertscale, name) is not None
+    with pytest.raises(AttributeError, match="'nxdi_expertscale' has no attribute 'quantise'"):
+        nxdi_expertscale.quantise  # noqa: B018

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from nxdi_expertscale.hooking import references, wrapper
 from nxdi_expertscale.hooking.engine import Engine
 from nxdi_expertscale.hooking.patch import Patch, SeamStatus, State
 
@@ -115,29 +116,31 @@ def test_name_taken_in_a_circular_import_is_patched(write_module: Write, engine:
     assert sys.modules["friend"].compute(1) == 102
 
 
-@pytest.mark.parametrize(
-    ("attribute", "call"),
-    [
-        ("Thing.method", lambda alias, target: alias(target.Thing(3))),
-        ("Thing.halve", lambda alias, target: alias(6)),
-    ],
-)
-def test_name_of_a_method_is_patched_as_it_is_called(
-    write_module: Write,
-    engine: Engine,
-    attribute: str,
-    call: Callable[[Any, ModuleType], int],
+def test_name_of_a_method_is_patched_as_it_is_looked_up_in_its_class(
+    write_module: Write, engine: Engine
 ) -> None:
-    write_module(target=TARGET, user=f"from target import Thing\nalias = {attribute}")
+    def show_instance(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        return wrapped(*args, **kwargs), instance
+
+    write_module(
+        target=TARGET, user="from target import Thing\nsize = Thing.method\nhalve = Thing.halve"
+    )
     import target
     import user
 
-    original = user.alias
-    engine.activate([patch(attribute)])
-    assert call(user.alias, target) == 103
+    originals = (user.size, user.halve)
+    engine.activate(
+        [
+            Patch(seam=name, module="target", attribute=f"Thing.{name}", wrapper=show_instance)
+            for name in ("method", "halve")
+        ]
+    )
+    thing = target.Thing(3)
+    assert user.size(thing) == (3, thing)
+    assert user.halve(6) == (3, None)
 
     engine.deactivate()
-    assert user.alias is original
+    assert (user.size, user.halve) == originals
 
 
 def test_inherited_method_keeps_its_other_names(write_module: Write, engine: Engine) -> None:
@@ -168,6 +171,26 @@ def test_function_that_the_module_itself_has_imported_keeps_its_other_names(
     assert target.compute(1) == 102
     assert home.compute(1) == user.compute(1) == 2
     assert status(engine).state is State.APPLIED
+
+
+def test_name_that_has_changed_since_it_was_found_is_left_alone(write_module: Write) -> None:
+    write_module(target=TARGET, user="from target import compute")
+    import target
+    import user
+
+    [found] = references.find_aliases([target.compute], [user])
+    installation = wrapper.Installation(
+        wrapper.find_place(target, "compute"),
+        lambda wrapped, *_: wrapped(0),
+        module="target",
+        attribute="compute",
+        is_in_force=lambda: True,
+    )
+    user.compute = theirs = lambda value: value - 1
+
+    installation.replace_alias(found)
+
+    assert user.compute is theirs
 
 
 def test_name_that_another_tool_has_replaced_since_is_left_to_it(
@@ -258,6 +281,13 @@ def test_no_code_of_other_modules_runs_while_they_are_looked_through(
         def __getattribute__(self, name: str) -> Any:
             raise AssertionError(f"asked for {name}")
 
+        def __setattr__(self, name: str, value: Any) -> None:
+            raise AssertionError(f"told to set {name}")
+
+        @property
+        def __dict__(self) -> Any:
+            raise AssertionError("asked for its variables")
+
     class Pretender:
         @property
         def __class__(self) -> Any:
@@ -271,6 +301,10 @@ def test_no_code_of_other_modules_runs_while_they_are_looked_through(
         def __getattribute__(cls, name: str) -> Any:
             raise AssertionError(f"asked for {name}")
 
+        @property
+        def __dict__(cls) -> Any:
+            raise AssertionError("asked for its attributes")
+
     class Unequal:
         def __eq__(self, other: object) -> bool:
             raise AssertionError("compared")
@@ -279,9 +313,11 @@ def test_no_code_of_other_modules_runs_while_they_are_looked_through(
 
     odd = Odd("odd")
     ModuleType.__setattr__(odd, "kind", Meta("Kind", (), {"__module__": "odd"}))
-    ModuleType.__setattr__(odd, "unequal", [Unequal(), Pretender()])
     write_module(target=TARGET, lazy="raise AssertionError('loaded')")
     target = importlib.import_module("target")
+    original = target.compute
+    ModuleType.__setattr__(odd, "alias", original)
+    ModuleType.__setattr__(odd, "unequal", [Unequal(), Pretender()])
     spec = importlib.util.find_spec("lazy")
     assert spec is not None
     assert spec.loader is not None
@@ -294,8 +330,11 @@ def test_no_code_of_other_modules_runs_while_they_are_looked_through(
 
         engine.activate([patch()])
 
-    assert target.compute(1) == 102
+    alias = vars(ModuleType)["__dict__"].__get__(odd)
+    assert target.compute(1) == alias["alias"](1) == 102
     assert status(engine).state is State.APPLIED
+    engine.deactivate()
+    assert alias["alias"] is original
 
 
 def test_names_taken_while_many_threads_import_and_activate_are_patched(
