@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nxdi_expertscale.checkpoint.read.model import open_model
+from nxdi_expertscale.checkpoint.upstream_limits import warn_of_limits
 from nxdi_expertscale.checkpoint.write.manifest import read_manifest
 from nxdi_expertscale.checkpoint.write.plan import effective_exclusions
 from nxdi_expertscale.families.exclusions import expand_exclusions
@@ -54,6 +55,7 @@ def neuron_settings(
     """
     manifest = read_manifest(folder)
     model = open_model(folder)
+    warn_of_limits(model, seq_len)
     exclusions = effective_exclusions(model, manifest.modules_to_not_convert)
     quantization: dict[str, Any] = {
         "quantized": True,

@@ -19,6 +19,7 @@ from nxdi_expertscale.checkpoint.read.files import (
     read_auxiliary_file,
 )
 from nxdi_expertscale.checkpoint.read.model import Model, open_model
+from nxdi_expertscale.checkpoint.upstream_limits import warn_of_limits
 from nxdi_expertscale.checkpoint.write.destination import (
     check_destination,
     check_space,
@@ -118,6 +119,7 @@ def quantize_checkpoint(
 
     # 1. Open the source: its config, the headers of its files, its weights and their scales.
     source = open_model(src)
+    warn_of_limits(source)
 
     # 2. Plan every file that will be written, and check that there is room for it.
     plan = make_plan(source, modules_to_not_convert, max_shard_bytes)

@@ -20,12 +20,13 @@ from nxdi_expertscale.families.exclusions import (
     is_excluded,
 )
 from nxdi_expertscale.loading import expert_scales, expert_weights
+from nxdi_expertscale.loading.channel_scales import per_channel_scales
 from nxdi_expertscale.loading.expert_scales import LayerScales
 from nxdi_expertscale.loading.layout import LayoutError
 from nxdi_expertscale.loading.names import in_state_dict, scale_of
 from nxdi_expertscale.loading.routers import dequantized_routers, replace_routers
 from nxdi_expertscale.numerics import fp8, scales
-from nxdi_expertscale.settings.settings import FLAG, Settings
+from nxdi_expertscale.settings.settings import FLAG, PER_CHANNEL, Settings
 
 _logger = logging.getLogger("nxdi_expertscale")
 
@@ -74,7 +75,11 @@ def take_out_scales(
     check_exclusions(state_dict, layers, family, settings.exclusions)
     _check_dtype(state_dict, layers, family, settings, quantized_dtype)
     routers = dequantized_routers(state_dict, family, settings.num_layers, _torch_dtype(settings))
+    per_channel = {}
+    if settings.quantization_type == PER_CHANNEL:
+        per_channel = per_channel_scales(state_dict, family)
     replace_routers(state_dict, routers)
+    state_dict.update(per_channel)
     for scale in (key for layer in layers for key in layer.consumed):
         del state_dict[scale]
     if family.converter_reads_stacked:

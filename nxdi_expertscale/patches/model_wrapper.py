@@ -102,7 +102,7 @@ def _select_family(layers: Sequence[ExpertLayer], settings: Settings) -> MoEFami
 
     family = passes.check_family(settings) if settings.is_on else settings.family
     if family is not None and settings.is_on:
-        with seams.layout_errors(seams.QUANTIZATION):
+        with seams.layout_errors(seams.QUANTIZATION, family):
             passes.check_names(layers, family)
         return family
     if family is None or passes.first_unknown(layers, family) is not None:

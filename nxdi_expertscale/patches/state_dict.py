@@ -100,7 +100,7 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
             if reason is not None:
                 _logger.warning("the experts' scales are left to NxDI: %s", reason)
                 return wrapped(*args, **kwargs)
-        with seams.layout_errors(seams.state_dict(family)):
+        with seams.layout_errors(seams.state_dict(family), family):
             layers = take_out_scales(
                 state_dict,
                 family,
@@ -111,7 +111,7 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
         names = names_for_converter(settings, family)
         with exclusions_for_upstream(neuron_config, names):
             converted = wrapped(*args, **kwargs)
-        with seams.layout_errors(seams.state_dict(family)):
+        with seams.layout_errors(seams.state_dict(family), family):
             put_in_scales(converted, layers, family, settings)
         report_experts(
             layers,
