@@ -44,6 +44,8 @@ def quantization_summary(result: QuantizationResult) -> str:
         rows["left as they are"] = listed(result.modules_to_not_convert)
     if result.resumed_shards:
         rows["from an earlier run"] = f"{result.resumed_shards} files"
+    if result.below_floor:
+        rows["too small for FP8"] = listed(result.below_floor)
     return f"{result.destination}\n{_pairs(rows)}"
 
 
@@ -70,6 +72,10 @@ def verification_summary(result: Verification) -> str:
     lines = [_line(f"{fault.where}: {fault.what}") for fault in shown]
     if rest:
         lines.append(f"and {rest} more faults; --json lists them all")
+    shown, rest = _first(result.warnings, MOST_FAULTS)
+    lines += [_line(f"warning: {warning.where}: {warning.what}") for warning in shown]
+    if rest:
+        lines.append(f"and {rest} more warnings; --json lists them all")
     if result.layers:
         table = Table("layer", title="Error against the source")
         table.add_column("signal to noise", justify="right")
@@ -106,6 +112,8 @@ def inspection_summary(result: Inspection) -> str:
     if result.made_by is not None:
         facts.add_row("made by", _line(f"nxdi-expertscale {result.made_by}"))
     facts.add_row("experts", f"{result.num_experts} in each of {len(result.layers)} layers")
+    if result.below_floor:
+        facts.add_row("too small for FP8", listed(result.below_floor))
     table = Table("layer", title="Scales of the experts")
     table.add_column("largest over smallest", justify="right")
     table.add_column("error of one shared scale", justify="right")
