@@ -23,9 +23,11 @@ from __future__ import annotations
 import contextlib
 import glob
 import importlib
-import multiprocessing
 import os
 import pickle
+import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -172,15 +174,17 @@ class RemoteCores:
     """A process for each core of a tensor-parallel model; they run in step."""
 
     def __init__(self, compiled: CompiledModel, weights: Sequence[dict[str, torch.Tensor]]) -> None:
-        context = multiprocessing.get_context("spawn")
         store = Path(tempfile.mkdtemp(prefix="cores-")) / "store"
         self._connections: list[Connection] = []
-        for rank in range(compiled.ranks):
-            ours, theirs = context.Pipe()
-            arguments = (rank, store, theirs)
-            context.Process(target=_serve_core, args=arguments, daemon=True).start()
-            theirs.close()
-            ours.send_bytes(pickle.dumps((compiled, weights[rank])))
+        for rank, weights_of_rank in enumerate(weights):
+            here, there = socket.socketpair()
+            # Not with multiprocessing, which would import the server's main module in each core.
+            arguments = [str(rank), str(store), str(there.fileno())]
+            command = [sys.executable, "-m", "tests.server.device", *arguments]
+            subprocess.Popen(command, pass_fds=[there.fileno()])
+            there.close()
+            ours = Connection(here.detach())
+            ours.send_bytes(pickle.dumps((compiled, weights_of_rank)))
             self._connections.append(ours)
 
     def run(self, tag: str, bucket: int, inputs: Sequence[torch.Tensor]) -> Any:
@@ -188,14 +192,17 @@ class RemoteCores:
         for connection in self._connections:
             connection.send_bytes(pickle.dumps((tag, bucket, inputs)))
         answers = [pickle.loads(connection.recv_bytes()) for connection in self._connections]
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
         return answers[0]
 
 
-def _serve_core(rank: int, store: Path, connection: Connection) -> None:
-    """Be a core, until the server goes."""
+def serve_core(rank: int, store: Path, connection: Connection) -> None:
+    """Be a core, until the server goes.
+
+    Args:
+        rank: Which of the model's.
+        store: A file in which the cores find each other.
+        connection: Where the model, the weights and the calls come from.
+    """
     compiled, weights = pickle.loads(connection.recv_bytes())
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=compiled.ranks
@@ -354,3 +361,10 @@ def install() -> None:
         ("neuronx_distributed_inference.modules.generation.sampling", _replace_sampling),
     ):
         wrapt.register_post_import_hook(replace, module)
+
+
+if __name__ == "__main__":
+    # By its own name, under which the server has pickled what this process gets.
+    importlib.import_module("tests.server.device").serve_core(
+        int(sys.argv[1]), Path(sys.argv[2]), Connection(int(sys.argv[3]))
+    )
