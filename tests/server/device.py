@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import importlib
+import io
 import os
 import pickle
 import socket
@@ -180,18 +181,18 @@ class RemoteCores:
             here, there = socket.socketpair()
             # Not with multiprocessing, which would import the server's main module in each core.
             arguments = [str(rank), str(store), str(there.fileno())]
-            command = [sys.executable, "-m", "tests.server.device", *arguments]
+            command = [sys.executable, "-m", "tests.server.core", *arguments]
             subprocess.Popen(command, pass_fds=[there.fileno()])
             there.close()
             ours = Connection(here.detach())
-            ours.send_bytes(pickle.dumps((compiled, weights_of_rank)))
+            ours.send_bytes(_pack((compiled, weights_of_rank)))
             self._connections.append(ours)
 
     def run(self, tag: str, bucket: int, inputs: Sequence[torch.Tensor]) -> Any:
         """Run a graph on every core; the first one's outputs are the model's."""
         for connection in self._connections:
-            connection.send_bytes(pickle.dumps((tag, bucket, inputs)))
-        answers = [pickle.loads(connection.recv_bytes()) for connection in self._connections]
+            connection.send_bytes(_pack((tag, bucket, inputs)))
+        answers = [_unpack(connection.recv_bytes()) for connection in self._connections]
         return answers[0]
 
 
@@ -203,7 +204,7 @@ def serve_core(rank: int, store: Path, connection: Connection) -> None:
         store: A file in which the cores find each other.
         connection: Where the model, the weights and the calls come from.
     """
-    compiled, weights = pickle.loads(connection.recv_bytes())
+    compiled, weights = _unpack(connection.recv_bytes())
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=compiled.ranks
     )
@@ -211,8 +212,19 @@ def serve_core(rank: int, store: Path, connection: Connection) -> None:
     core = Core(compiled.graphs, weights)
     with contextlib.suppress(EOFError):
         while True:
-            call = pickle.loads(connection.recv_bytes())
-            connection.send_bytes(pickle.dumps(core.run(*call)))
+            call = _unpack(connection.recv_bytes())
+            connection.send_bytes(_pack(core.run(*call)))
+
+
+# Not with pickle alone, which cannot write a tensor of FP8.
+def _pack(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(message: bytes) -> Any:
+    return torch.load(io.BytesIO(message), weights_only=False)
 
 
 def _make_parallel_state(compiled: CompiledModel) -> None:
@@ -361,10 +373,3 @@ def install() -> None:
         ("neuronx_distributed_inference.modules.generation.sampling", _replace_sampling),
     ):
         wrapt.register_post_import_hook(replace, module)
-
-
-if __name__ == "__main__":
-    # By its own name, under which the server has pickled what this process gets.
-    importlib.import_module("tests.server.device").serve_core(
-        int(sys.argv[1]), Path(sys.argv[2]), Connection(int(sys.argv[3]))
-    )
