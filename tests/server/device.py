@@ -13,7 +13,8 @@ What is replaced, each where it is looked up:
 3. ``torch.jit.save`` and ``torch.jit.load`` of a compiled model;
 4. the compiled model's ``nxd_model``: ``initialize`` (the runtime takes the weights) and the call;
 5. ``ModelWrapper.is_neuron``, which asks whether the model is TorchScript;
-6. the sampler's kernels: top-k, the cumulative sum, and random numbers.
+6. the sampler's kernels: top-k, the cumulative sum, and random numbers;
+7. the choice of a flash attention kernel for long contexts: none, which NxDI computes in torch.
 
 Sharding is NxD's own.
 """
@@ -330,6 +331,11 @@ def _replace_question(model_wrapper: Any) -> None:
     model_wrapper.ModelWrapper.is_neuron = lambda self: isinstance(self.model, CompiledModel)
 
 
+def _replace_flash_attention(attention_base: Any) -> None:
+    none = attention_base.FlashAttentionStrategy.NONE
+    attention_base.NeuronAttentionBase.get_flash_attention_strategy = lambda *_, **__: none
+
+
 class _TopK:
     """``torch_neuronx.xla_impl.ops.TopK``."""
 
@@ -371,5 +377,9 @@ def install() -> None:
         ("neuronx_distributed.operators.topk", _replace_top_k),
         ("neuronx_distributed_inference.models.model_wrapper", _replace_question),
         ("neuronx_distributed_inference.modules.generation.sampling", _replace_sampling),
+        (
+            "neuronx_distributed_inference.modules.attention.attention_base",
+            _replace_flash_attention,
+        ),
     ):
         wrapt.register_post_import_hook(replace, module)
