@@ -1,4 +1,4 @@
-"""Puts the patches of the installed plugins in force, and takes them off again.
+"""Applies the patches of the installed plugins, and removes them again.
 
 The composition root: it hands the patches that :mod:`nxdi_expertscale.plugins` finds to
 :mod:`nxdi_expertscale.hooking`, which knows no plugins.
@@ -17,7 +17,7 @@ _active_plugins: tuple[str, ...] = ()
 
 
 def activate() -> None:
-    """Put the installed plugins' patches in force, as far as ``NXDI_PLUGINS`` allows them.
+    """Activate the installed plugins that ``NXDI_PLUGINS`` allows, and apply their patches.
 
     Each patch is applied when the module that it names is imported, or at once if it already
     is. Activating twice is activating once. A problem with a plugin is printed to stderr once.
@@ -30,7 +30,7 @@ def activate() -> None:
 
 
 def deactivate() -> None:
-    """Take every patch off; upstream's own objects are there again, the very same."""
+    """Remove every patch, and restore the very objects that upstream had there."""
     global _active_plugins  # noqa: PLW0603
     with _lock:
         engine.deactivate()
@@ -39,7 +39,12 @@ def deactivate() -> None:
 
 
 def status() -> tuple[SeamStatus, ...]:
-    """The state of each seam: waiting, applied, native, or incompatible with a reason."""
+    """The state of each seam, with the reason where it is not simply applied.
+
+    Example:
+        >>> for seam in nxdi_expertscale.status():
+        ...     print(seam.seam, seam.state, seam.reason)
+    """
     return engine.status()
 
 

@@ -35,8 +35,11 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 def nxdi_moe_families() -> Iterable[MoEFamily]:  # type: ignore[empty-body]
     """Contribute families of mixture-of-experts models.
 
-    Called when plugins are activated and by the commands that read checkpoints. A model type
-    may be claimed by one family only.
+    Called when plugins are loaded, which any reader of a checkpoint may cause. A model type may
+    be claimed by one family only.
+
+    Returns:
+        The families.
     """
 
 
@@ -44,8 +47,12 @@ def nxdi_moe_families() -> Iterable[MoEFamily]:  # type: ignore[empty-body]
 def nxdi_patches(families: Sequence[MoEFamily]) -> Iterable[Patch]:  # type: ignore[empty-body]
     """Contribute patches, each applied when the module that it names is imported.
 
-    Called once for each activation. It must not import what it patches.
+    Called when plugins are loaded, after ``nxdi_moe_families``. It must not import what it
+    patches.
 
     Args:
-        families: Every family that the active plugins contribute.
+        families: The families of all plugins that are loaded.
+
+    Returns:
+        The patches.
     """
