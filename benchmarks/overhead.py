@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import folder_check
 from nxdi_expertscale.checkpoint import quantize_checkpoint
 from nxdi_expertscale.checkpoint.read.config import read_config
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
@@ -240,6 +241,7 @@ def of_nxdi(release: str) -> dict[str, Any]:
             for name in ("with", "without")
         }
         found["forward"] = measure("forward", release, model, quantized)
+        found["folder"] = folder_check.measure(model, quantized)
         return found
 
 
@@ -300,6 +302,7 @@ def main() -> None:
         print(json.dumps(found, indent=2))
     else:
         Console(width=110).print(nxdi_table(found))
+        print("\n".join(folder_check.lines(found["folder"])))
 
 
 if __name__ == "__main__":
