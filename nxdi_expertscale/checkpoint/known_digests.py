@@ -12,7 +12,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -74,15 +74,38 @@ class KnownDigests:
         Raises:
             OSError: It cannot be read.
         """
-        before = _identity(path.stat())
+        return self._answer(lambda: _identity(path.stat()), [path], lambda: self._compute(path))
+
+    def answer(self, question: str, files: Sequence[Path], find_out: Callable[[], str]) -> str:
+        """The answer to a question that nothing but the content of some files decides.
+
+        Args:
+            question: The question.
+            files: All the files that decide it.
+            find_out: Gives the answer, where it is not known.
+
+        Raises:
+            OSError: A file is gone.
+        """
+
+        def key() -> str:
+            identities = [f"{path.name}={_identity(path.stat())}" for path in sorted(files)]
+            return digests.digest("\n".join([question, *identities]).encode()).hex()
+
+        return self._answer(key, files, find_out)
+
+    def _answer(
+        self, key: Callable[[], str], files: Sequence[Path], find_out: Callable[[], str]
+    ) -> str:
+        before = key()
         with self._lock:
             known = self._known.get(before)
         if known is not None:
             return known
-        found = self._compute(path)
-        status = path.stat()
-        changed = max(status.st_mtime_ns, status.st_ctime_ns) / 1e9
-        if _identity(status) == before and changed < self._now() - SETTLED_SECONDS:
+        found = find_out()
+        statuses = [path.stat() for path in files]
+        changed = max(max(status.st_mtime, status.st_ctime) for status in statuses)
+        if key() == before and changed < self._now() - SETTLED_SECONDS:
             with self._lock:
                 self._known[before] = self._new[before] = found
         return found

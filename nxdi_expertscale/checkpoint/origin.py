@@ -14,9 +14,11 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 
+from nxdi_expertscale.checkpoint.known_digests import KnownDigests
 from nxdi_expertscale.checkpoint.parallel import available_cores, for_each
 from nxdi_expertscale.checkpoint.read.config import ModelConfig
 from nxdi_expertscale.checkpoint.read.model import Model, open_model
@@ -31,6 +33,7 @@ from nxdi_expertscale.checkpoint.write.plan import (
     plan_tensors,
     tensors_to_quantize,
 )
+from nxdi_expertscale.version import __version__
 
 WHOLE_ELEMENTS = 1 << 18
 """A tensor of no more elements is compared whole: norms, biases, routers."""
@@ -62,6 +65,24 @@ def mismatch(
     """
     manifest = read_manifest(folder)
     return mismatch_of(open_model(folder), manifest, open_model(src), modules_to_not_convert)
+
+
+def remembered_mismatch(
+    folder: Path, src: Path, modules_to_not_convert: Sequence[str]
+) -> str | None:
+    """As :func:`mismatch`, found out once for a host: as long as no file of the two changes."""
+    files = [
+        path
+        for place in (folder, src)
+        for kind in ("*.safetensors", "*.json")
+        for path in place.glob(kind)
+    ]
+    question = f"mismatch {__version__} {sorted(set(modules_to_not_convert))}"
+    with KnownDigests() as known:
+        reason = known.answer(
+            question, files, lambda: mismatch(folder, src, modules_to_not_convert) or ""
+        )
+    return reason or None
 
 
 def mismatch_of(

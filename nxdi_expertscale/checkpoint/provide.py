@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nxdi_expertscale.checkpoint.finished import check_finished, is_finished
-from nxdi_expertscale.checkpoint.origin import mismatch
+from nxdi_expertscale.checkpoint.origin import remembered_mismatch
 from nxdi_expertscale.checkpoint.quantize import quantize_checkpoint
 from nxdi_expertscale.checkpoint.read.files import INDEX, SINGLE_FILE
 from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
@@ -131,8 +131,8 @@ def is_provided(source: Path, folder: Path, modules_to_not_convert: Sequence[str
         return False
     check_finished(folder)
     # A host that serves may have the finished folder only, for the model and for the checkpoint.
-    same = source.samefile(folder)
-    reason = None if same else mismatch(folder, source, modules_to_not_convert)
+    is_same = source.samefile(folder)
+    reason = None if is_same else remembered_mismatch(folder, source, modules_to_not_convert)
     if reason is not None:
         raise CheckpointError(
             f"{folder}: {reason} (the source is now {source}); name another "

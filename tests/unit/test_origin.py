@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nxdi_expertscale.checkpoint import mismatch, origin, quantize_checkpoint
+from nxdi_expertscale.checkpoint import known_digests, mismatch, origin, quantize_checkpoint
 from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.errors import CheckpointError
 from tests.harness import checkpoints
@@ -143,3 +143,45 @@ def test_of_large_tensors_rows_all_over_are_compared(
         assert rows
         assert len(set(rows)) == len(rows) <= origin.EXPERT_ROWS + origin.OTHER_ROWS
         assert set(rows) <= set(range(weight.tensor.rows))
+
+
+class TestRememberedForAHost:
+    """What was found out once is known as long as no file changes."""
+
+    @pytest.fixture(autouse=True)
+    def _settled(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(known_digests, "SETTLED_SECONDS", -3600.0)
+
+    @pytest.fixture
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+        """The sources that are compared."""
+        found: list[Path] = []
+        compare = origin.mismatch
+
+        def counted(folder: Path, src: Path, settings: list[str]) -> str | None:
+            found.append(src)
+            return compare(folder, src, settings)
+
+        monkeypatch.setattr(origin, "mismatch", counted)
+        return found
+
+    def test_it_is_found_out_once(self, src: Path, dst: Path, calls: list[Path]) -> None:
+        for _ in range(3):
+            assert origin.remembered_mismatch(dst, src, SETTINGS) is None
+        assert "other settings" in str(origin.remembered_mismatch(dst, src, []))
+        assert calls == [src, src]
+
+    def test_a_change_with_times_set_back_is_found_out(
+        self, src: Path, dst: Path, calls: list[Path]
+    ) -> None:
+        assert origin.remembered_mismatch(dst, src, SETTINGS) is None
+        before = {path: path.stat() for path in src.iterdir()}
+        values = checkpoints.tensors()
+        values["lm_head.weight"] *= 2
+        checkpoints.save(src, values)
+        for path, status in before.items():
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+        assert "lm_head.weight" in str(origin.remembered_mismatch(dst, src, SETTINGS))
+        assert len(calls) == 2
