@@ -116,12 +116,6 @@ _ROPE_SCALING = Limit(
         "for longer ones, serve it with another engine"
     ),
 )
-_TIED = Limit(
-    field="tie_word_embeddings",
-    starts_at=_ties_embeddings,
-    problem="NxDI does not know tied embeddings (tie_word_embeddings=true) of this model",
-    effect=Effect.FAILS,
-)
 _ONE_EXPERT = Limit(
     field="num_experts_per_tok",
     starts_at=_chooses_one_expert,
@@ -158,7 +152,6 @@ QWEN3_MOE_LIMITS = (
         "(mlp_only_layers, decoder_sparse_step)",
         effect=Effect.FAILS,
     ),
-    _TIED,
     _ONE_EXPERT,
 )
 
@@ -177,7 +170,6 @@ MIXTRAL_LIMITS = (
         problem="NxDI ignores head_dim and takes hidden_size / num_attention_heads",
         effect=Effect.FAILS,
     ),
-    _TIED,
     _ONE_EXPERT,
 )
 
@@ -195,7 +187,12 @@ LLAMA4_LIMITS = (
         "moe_layers",
         effect=Effect.FAILS,
     ),
-    _TIED,
+    Limit(
+        field="tie_word_embeddings",
+        starts_at=_ties_embeddings,
+        problem="NxDI does not know tied embeddings (tie_word_embeddings=true) of this model",
+        effect=Effect.FAILS,
+    ),
     Limit(
         field="rope_scaling",
         starts_at=_scales_rope_otherwise,

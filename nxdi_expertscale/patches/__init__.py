@@ -14,6 +14,7 @@ from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import (
     application_base,
     config,
+    config_json,
     decoder_model_instance,
     inference_demo,
     model_wrapper,
@@ -34,6 +35,7 @@ def nxdi_patches(families: Sequence[MoEFamily]) -> Iterable[Patch]:
     """Contribute the patches, those of the state dict for every family there is."""
     return [
         *config.patches(families),
+        *config_json.patches(),
         *model_wrapper.patches(families),
         *decoder_model_instance.patches(families),
         *state_dict.patches(families),

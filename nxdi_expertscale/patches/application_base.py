@@ -19,8 +19,8 @@ from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.code import refers_to
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import seams
-from nxdi_expertscale.patches.config import checked_settings
 from nxdi_expertscale.patches.exclusions import exclusions_for_upstream
+from nxdi_expertscale.patches.installed_release import checked_settings
 from nxdi_expertscale.settings.compiled_config import check_compiled_config
 from nxdi_expertscale.settings.settings import FLAG
 
@@ -28,7 +28,7 @@ MODULE = "neuronx_distributed_inference.models.application_base"
 
 
 def patches(families: Sequence[MoEFamily]) -> list[Patch]:
-    """The folder that is made once, and the check of a compiled model before it is loaded."""
+    """The folder that is made once, the check of a compiled model, and tied embeddings."""
     return [
         Patch(
             seam=seams.SAVE_QUANTIZED,
@@ -42,6 +42,12 @@ def patches(families: Sequence[MoEFamily]) -> list[Patch]:
             module=MODULE,
             attribute="NeuronApplicationBase.load",
             wrapper=_check_compiled,
+        ),
+        Patch(
+            seam=seams.TIED_EMBEDDINGS,
+            module=MODULE,
+            attribute="NeuronApplicationBase.update_state_dict_for_tied_weights",
+            wrapper=_tying(families),
         ),
     ]
 
@@ -88,3 +94,19 @@ def _check_compiled(
     asked = json.loads(instance.config.to_json_string())
     check_compiled_config(Path(folder), asked, compiled_wins=False)
     return wrapped(*args, **kwargs)
+
+
+def _tying(families: Sequence[MoEFamily]) -> Callable[..., Any]:
+    def update_state_dict_for_tied_weights(
+        wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        from nxdi_expertscale.loading.tied_embeddings import is_of_families, tie_embeddings
+
+        # The base class only raises; a model that knows tied embeddings has its own.
+        state_dict = inspect.signature(wrapped).bind(*args, **kwargs).args[0]
+        if not is_of_families(state_dict, families):
+            return wrapped(*args, **kwargs)
+        tie_embeddings(state_dict)
+        return None
+
+    return update_state_dict_for_tied_weights

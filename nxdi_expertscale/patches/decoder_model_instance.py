@@ -7,7 +7,7 @@ from typing import Any
 
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.patch import Patch
-from nxdi_expertscale.patches import config, model_wrapper, seams
+from nxdi_expertscale.patches import installed_release, model_wrapper, seams
 from nxdi_expertscale.settings.settings import read_settings
 
 
@@ -29,7 +29,7 @@ def _loading(families: Sequence[MoEFamily]) -> Callable[..., Any]:
         wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         # Once more: a config may have been changed since it was made.
-        config.checked_settings(instance.config, families)
+        installed_release.checked_settings(instance.config, families)
         result = wrapped(*args, **kwargs)
         loaded = getattr(instance, "module", None)
         # The model that was loaded, or the draft and the target of fused speculation.

@@ -1,20 +1,50 @@
-"""What the installed NxDI and NxD do, asked of themselves."""
+"""What the installed NxDI and NxD do, asked of themselves, and settings checked against it."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nxdi_expertscale.families.declaration import MoEFamily
-from nxdi_expertscale.settings.settings import Settings, Upstream
+from nxdi_expertscale.patches import seams
+from nxdi_expertscale.settings import rules
+from nxdi_expertscale.settings.settings import Settings, Upstream, read_settings
 
 if TYPE_CHECKING:
     import torch
 
 _MOE_V2 = "neuronx_distributed_inference.modules.moe_v2"
 """Where a family's experts are built from the neuron config's own settings for them."""
+
+
+def checked_settings(
+    model_config: Any, families: Sequence[MoEFamily], family: MoEFamily | None = None
+) -> Settings:
+    """Read and check an ``InferenceConfig`` and its neuron config.
+
+    To be called wherever the flag counts: a config may have been changed since it was made.
+
+    Args:
+        model_config: The ``InferenceConfig``.
+        families: The families that are in force.
+        family: The model's family where it is known by other means than its config.
+
+    Raises:
+        ConfigurationError: The model could not run.
+        IncompatibleUpstreamError: A seam that this model needs does not hold.
+    """
+    neuron_config = getattr(model_config, "neuron_config", None)
+    settings = read_settings(neuron_config, model_config, families, family)
+    upstream = upstream_of(settings, neuron_config)
+    settings = dataclasses.replace(settings, upstream=upstream)
+    rules.check(settings)
+    if settings.is_on and settings.is_quantized and settings.family is not None:
+        seams.require_seams(seams.needed_by_model(settings.family), load=True)
+    return settings
 
 
 def upstream_of(settings: Settings, neuron_config: Any) -> Upstream:

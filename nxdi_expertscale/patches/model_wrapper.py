@@ -18,7 +18,7 @@ from nxdi_expertscale.hooking.code import refers_to
 from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import installed_release, seams
-from nxdi_expertscale.patches.config import checked_settings
+from nxdi_expertscale.patches.installed_release import checked_settings
 from nxdi_expertscale.settings.settings import FLAG, Settings
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ LOAD_MODULE = "load_module"
 SAVE_QUANTIZED = "save_quantized"
 LOAD_COMPILED = "load_compiled"
 COMPILED_ARTIFACTS = "compiled_artifacts"
+TIED_EMBEDDINGS = "tied_embeddings"
 INFERENCE_DEMO = "inference_demo"
 
 
@@ -36,8 +37,9 @@ def needed_by_config() -> tuple[str, ...]:
     """The seams that every model needs.
 
     Not among them: ``save_quantized``, without which NxDI makes the checkpoint itself, one that
-    loads as well; ``inference_demo``, which is one way to set the flag; and those where a compiled
-    model is loaded, which is often one that was compiled before.
+    loads as well; ``inference_demo``, which is one way to set the flag; those where a compiled
+    model is loaded, which is often one that was compiled before; and ``tied_embeddings``, without
+    which NxDI fails.
     """
     return (
         CONFIG,

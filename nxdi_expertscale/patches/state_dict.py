@@ -18,9 +18,8 @@ from nxdi_expertscale.hooking.code import names_in_code, refers_to
 from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import seams
-from nxdi_expertscale.patches.config import checked_settings
 from nxdi_expertscale.patches.exclusions import exclusions_for_upstream
-from nxdi_expertscale.patches.installed_release import quantized_dtype
+from nxdi_expertscale.patches.installed_release import checked_settings, quantized_dtype
 from nxdi_expertscale.settings.settings import FLAG
 
 if TYPE_CHECKING:

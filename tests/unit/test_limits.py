@@ -57,12 +57,10 @@ REACHED: dict[tuple[str, str], list[tuple[dict[str, Any], int]]] = {
         ({"mlp_only_layers": [0]}, ALWAYS),
         ({"decoder_sparse_step": 2}, ALWAYS),
     ],
-    ("qwen3_moe", "tie_word_embeddings"): [({"tie_word_embeddings": True}, ALWAYS)],
     ("qwen3_moe", "num_experts_per_tok"): [({"num_experts_per_tok": 1}, ALWAYS)],
     ("mixtral", "sliding_window"): [({"sliding_window": 4096}, 4097)],
     ("mixtral", "rope_scaling"): [({"rope_scaling": YARN}, ALWAYS)],
     ("mixtral", "head_dim"): [({"head_dim": 256}, ALWAYS)],
-    ("mixtral", "tie_word_embeddings"): [({"tie_word_embeddings": True}, ALWAYS)],
     ("mixtral", "num_experts_per_tok"): [({"num_experts_per_tok": 1}, ALWAYS)],
     ("llama4", "num_experts_per_tok"): [({"num_experts_per_tok": 2}, ALWAYS)],
     ("llama4", "moe_layers"): [({"moe_layers": [0, 3]}, ALWAYS)],
@@ -78,6 +76,8 @@ REACHED: dict[tuple[str, str], list[tuple[dict[str, Any], int]]] = {
 NOT_REACHED: dict[str, list[dict[str, Any]]] = {
     "qwen3_moe": [
         {},
+        # Made right where it is loaded: loading/tied_embeddings.py.
+        {"tie_word_embeddings": True},
         {"rope_scaling": {"rope_type": "default"}},
         {"rope_scaling": None},
         {"use_sliding_window": False, "sliding_window": 4096},

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from nxdi_expertscale import ConfigurationError
+from nxdi_expertscale import ConfigurationError, quantize_checkpoint
+from nxdi_expertscale.checkpoint import neuron_settings
 from nxdi_expertscale.errors import ExpertScaleError
 from nxdi_expertscale.families.built_in import BUILT_IN
 from nxdi_expertscale.families.limits import Effect
@@ -97,14 +98,12 @@ CASES = [
         {"decoder_sparse_step": 2, "intermediate_size": 96},
         "mlp_only_layers, decoder_sparse_step",
     ),
-    Case("qwen3_moe", {"tie_word_embeddings": True}, "tie_word_embeddings"),
     Case("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok"),
     Case("mixtral", {}),
     Case("mixtral", {"sliding_window": models.SEQUENCE - 1}, "sliding_window"),
     Case("mixtral", {"sliding_window": models.SEQUENCE}),
     Case("mixtral", {"rope_scaling": YARN}, "rope_scaling"),
     Case("mixtral", {"head_dim": 32}, "head_dim"),
-    Case("mixtral", {"tie_word_embeddings": True}, "tie_word_embeddings"),
     Case("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok"),
     Case("llama4", {}),
     Case("llama4", {"num_experts_per_tok": 2}, "num_experts_per_tok"),
@@ -193,6 +192,31 @@ def test_flag_is_refused_where_nxdi_is_wrong(
     # Without the flag, and unquantized, it is none of our business.
     nxdi.inference_config(checkpoint, **{**asked, "expert_wise_scale": False})
     nxdi.inference_config(checkpoint)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_tied_embeddings_are_made_right(
+    nxdi: Any, tmp_path: Path, active: None, family: str
+) -> None:
+    """Without this package NxDI raises NotImplementedError."""
+    checkpoint = SAVE[family](tmp_path / "model", tie_word_embeddings=True)
+    expected = models.load(checkpoint)(models.prompt()).logits[:, -1]
+
+    assert logits_error(nxdi, checkpoint) < ROUNDING
+
+    quantize_checkpoint(checkpoint, tmp_path / "fp8")
+    asked = neuron_settings(tmp_path / "fp8").neuron_config
+    assert "lm_head" in asked["modules_to_not_convert"]
+    loaded = nxdi.load(checkpoint, **asked)
+    assert nxdi.relative_error(loaded.logits(models.prompt()), expected) < 2 * FP8
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_tied_embeddings_fail_without_this_package(nxdi: Any, tmp_path: Path, family: str) -> None:
+    checkpoint = SAVE[family](tmp_path / "model", tie_word_embeddings=True)
+
+    with pytest.raises(NotImplementedError):
+        nxdi.load(checkpoint)
 
 
 def test_every_limit_is_seen() -> None:

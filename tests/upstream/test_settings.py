@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from nxdi_expertscale import ConfigurationError, quantize_checkpoint
 from tests.harness import models
+from tests.harness.targets import Target
 
 pytestmark = pytest.mark.usefixtures("active")
 
@@ -89,10 +90,8 @@ def test_flag_of_a_draft_counts_when_its_modules_are_converted(
     )
     before = application_cls._FUSED_PREFIX, application_cls._model_cls
     try:
-        graph = application_cls(str(moe), config).models[0]
-        instance = nxdi.DecoderModelInstance(graph.model_cls, graph.config)
         with pytest.raises(ConfigurationError, match="must be true or false, not 1"):
-            instance.load_module()
+            nxdi.load_application(application_cls(str(moe), config))
     finally:
         application_cls._FUSED_PREFIX, application_cls._model_cls = before
 
@@ -165,6 +164,7 @@ def test_exclusions_in_one_string_are_refused(nxdi: Any, moe: Path, fp8: dict[st
 @pytest.mark.parametrize("fused_qkv", [False, True])
 def test_scales_of_attention_in_other_forms_give_the_same_model(
     nxdi: Any,
+    target: Target,
     moe: Path,
     folder: Path,
     fp8: dict[str, Any],
@@ -173,6 +173,8 @@ def test_scales_of_attention_in_other_forms_give_the_same_model(
     fused_qkv: bool,
 ) -> None:
     """One number for a whole tensor, or a row of them (None), in place of ``[out, 1]``."""
+    if fused_qkv and target.version < (0, 6):
+        pytest.skip("this release does not fuse a Qwen3 MoE's attention")
     logits = []
     for form in ("as written", "for each channel"):
         path = tmp_path / form
