@@ -259,17 +259,15 @@ def check_names(
     Raises:
         ConfigurationError: One is not; the message lists names that are near to it.
     """
-    # Of a layer's experts one is enough.
-    known = dict.fromkeys(_experts_or_path(path.removeprefix("model."), family) for path in paths)
-    known.update(dict.fromkeys(_declared_paths(num_layers, family)))
     for name in exclusions:
-        is_part = any(_is_part_of(name, path) for path in known)
-        if not is_part and name not in family.full_precision:
-            near = _near_names(name.removeprefix("model."), known)
-            raise ConfigurationError(
-                f"{SETTING}: {name!r} is no part of any module's name; "
-                + (f"did you mean {' or '.join(map(repr, near))}?" if near else "remove it")
-            )
+        is_known = name in family.full_precision or any(_is_part_of(name, path) for path in paths)
+        if is_known or any(_is_part_of(name, p) for p in _declared_paths(num_layers, family)):
+            continue
+        near = _near_names(name.removeprefix("model."), paths, num_layers, family)
+        raise ConfigurationError(
+            f"{SETTING}: {name!r} is no part of any module's name; "
+            + (f"did you mean {' or '.join(map(repr, near))}?" if near else "remove it")
+        )
 
 
 def _declared_paths(num_layers: int, family: MoEFamily) -> Iterator[str]:
@@ -287,11 +285,13 @@ def _experts_or_path(path: str, family: MoEFamily) -> str:
     return path if expert is None else family.experts.format(layer=expert.layer)
 
 
-def _near_names(name: str, paths: Iterable[str]) -> list[str]:
+def _near_names(name: str, paths: Iterable[str], num_layers: int, family: MoEFamily) -> list[str]:
     """What might have been meant by a name: parts of paths with as many words as it has."""
+    # Of a layer's experts one is enough.
+    known = {_experts_or_path(path.removeprefix("model."), family) for path in paths}
     words = name.count(".") + 1
     candidates: dict[str, None] = {}
-    for path in paths:
+    for path in (*sorted(known), *_declared_paths(num_layers, family)):
         parts = path.split(".")
         starts = range(len(parts) - words + 1)
         candidates.update(

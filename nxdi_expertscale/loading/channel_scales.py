@@ -37,9 +37,9 @@ def per_channel_scales(
         if not key.endswith(".weight") or weight.dim() != 2 or not fp8.is_quantized(weight):
             continue
         scale = state_dict.get(scale_of(key))
-        names = family.names
-        is_other = names.is_router_key(key) or names.parse_expert_key(key) is not None
-        if scale is None or is_other or tuple(scale.shape) == (weight.shape[0], 1):
+        if scale is None or tuple(scale.shape) == (weight.shape[0], 1):
+            continue
+        if family.names.is_router_key(key) or family.names.parse_expert_key(key) is not None:
             continue
         try:
             found[scale_of(key)] = scales.channel_scale(scale, weight.shape[0]).T.contiguous()

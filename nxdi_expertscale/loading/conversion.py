@@ -25,6 +25,8 @@ from nxdi_expertscale.loading.expert_scales import LayerScales
 from nxdi_expertscale.loading.layout import LayoutError
 from nxdi_expertscale.loading.names import in_state_dict, scale_of
 from nxdi_expertscale.loading.routers import dequantized_routers, replace_routers
+from nxdi_expertscale.loading.threads import one_thread
+from nxdi_expertscale.loading.values import check_values
 from nxdi_expertscale.numerics import fp8, scales
 from nxdi_expertscale.settings.settings import FLAG, PER_CHANNEL, Settings
 
@@ -62,25 +64,29 @@ def take_out_scales(
         ConfigurationError: It does not fit the config's dtype or exclusions.
         LayoutError: The config does not say how many experts there are.
     """
-    _check_names(state_dict, family, settings)
     num_experts = settings.num_experts
     if num_experts is None:
         raise LayoutError(f"its config has none of {', '.join(family.num_experts)}")
-    check_range = not is_checked(state_dict, checked_tensors)
-    found = [
-        expert_scales.collect(state_dict, family, layer, num_experts, check_range=check_range)
-        for layer in range(settings.num_layers)
-    ]
-    layers = [layer for layer in found if layer is not None]
-    check_exclusions(state_dict, layers, family, settings.exclusions)
-    _check_dtype(state_dict, layers, family, settings, quantized_dtype)
-    routers = dequantized_routers(state_dict, family, settings.num_layers, _torch_dtype(settings))
-    per_channel = {}
-    if settings.quantization_type == PER_CHANNEL:
-        per_channel = per_channel_scales(state_dict, family)
+    _check_names(state_dict, family, settings)
+    with one_thread():
+        found = [
+            expert_scales.collect(state_dict, family, layer, num_experts)
+            for layer in range(settings.num_layers)
+        ]
+        layers = [layer for layer in found if layer is not None]
+        scales_of_experts = frozenset(key for layer in layers for key in layer.consumed)
+        known = scales_of_experts | _known_weights(state_dict, checked_tensors)
+        check_values(state_dict, known=known)
+        check_exclusions(state_dict, layers, family, settings.exclusions)
+        _check_dtype(state_dict, layers, family, settings, quantized_dtype)
+        dtype = _torch_dtype(settings)
+        routers = dequantized_routers(state_dict, family, settings.num_layers, dtype)
+        per_channel = {}
+        if settings.quantization_type == PER_CHANNEL:
+            per_channel = per_channel_scales(state_dict, family)
     replace_routers(state_dict, routers)
     state_dict.update(per_channel)
-    for scale in (key for layer in layers for key in layer.consumed):
+    for scale in scales_of_experts:
         del state_dict[scale]
     if family.converter_reads_stacked:
         for number in range(settings.num_layers):
@@ -91,6 +97,8 @@ def take_out_scales(
 def _check_names(
     state_dict: Mapping[str, torch.Tensor], family: MoEFamily, settings: Settings
 ) -> None:
+    if not settings.exclusions:
+        return
     modules = {key.rpartition(".")[0] for key in state_dict}
     try:
         check_names(settings.exclusions, modules, settings.num_layers, family)
@@ -100,19 +108,18 @@ def _check_names(
         _logger.warning("%s", error)
 
 
-def is_checked(state_dict: Mapping[str, torch.Tensor], checked_tensors: Collection[str]) -> bool:
-    """Whether a state dict is that of a folder whose weights are known to be within range.
+def _known_weights(
+    state_dict: Mapping[str, torch.Tensor], checked_tensors: Collection[str]
+) -> frozenset[str]:
+    """Names of the weights that are known to be within range.
 
     The state dict of a draft is converted with the same settings, and comes from another folder:
-    the names have to be those of the folder.
-
-    Args:
-        state_dict: A checkpoint's tensors as NxDI's converter takes them.
-        checked_tensors: Names of the folder's tensors as the checkpoint has them; may be empty.
+    all names have to be those of the folder.
     """
-    return len(checked_tensors) > 0 and all(
-        in_state_dict(name) in state_dict for name in checked_tensors
-    )
+    names = [in_state_dict(name) for name in checked_tensors]
+    if not all(name in state_dict for name in names):
+        return frozenset()
+    return frozenset(name for name in names if name.endswith("weight"))
 
 
 def check_exclusions(
@@ -134,9 +141,12 @@ def check_exclusions(
                 f"checkpoint, and modules_to_not_convert keeps them in full precision; remove "
                 "the exclusion, or quantize the checkpoint with it"
             )
+    experts = {key for layer in layers for key in layer.consumed}
     for key, weight in state_dict.items():
+        if not fp8.is_quantized(weight) or scale_of(key) in experts:
+            continue
         path, _, suffix = key.rpartition(".")
-        if suffix != "weight" or not fp8.is_quantized(weight) or family.names.is_router_key(key):
+        if suffix != "weight" or family.names.is_router_key(key):
             continue
         if any(name in path for name in family.full_precision):
             raise CheckpointError(
@@ -183,6 +193,7 @@ def names_for_converter(settings: Settings, family: MoEFamily) -> tuple[str, ...
     return tuple(dict.fromkeys((*settings.exclusions, *attention)))
 
 
+@one_thread()
 def put_in_scales(
     converted: StateDict,
     layers: Sequence[LayerScales],

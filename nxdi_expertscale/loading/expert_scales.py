@@ -17,9 +17,69 @@ from nxdi_expertscale.numerics import fp8, scales
 
 StateDict = Mapping[str, torch.Tensor]
 
-_COMPARED_INPUTS = 64
+COMPARED_INPUTS = 2
+"""Inputs at which a fused weight is compared with an expert's."""
 
 _MAKE_IT_AGAIN = "make the checkpoint again with 'nxdi-expertscale quantize'"
+
+
+@dataclass(frozen=True)
+class FusedSample:
+    """What one of NxDI's fused weights has to hold at some places, which tell how it is fused.
+
+    Every channel of every expert is looked at, for scales belong to channels of experts; each
+    expert at other inputs, so that all of them together cover the inputs.
+
+    Attributes:
+        num_inputs: Inputs of an expert's weight, without padding.
+        values: ``[E, parts, COMPARED_INPUTS, out]``, of the weights' dtype: what those of each
+            expert's projections, ``[out, in]``, hold.
+    """
+
+    num_inputs: int
+    values: torch.Tensor
+
+    @classmethod
+    def take(cls, weights: Sequence[Sequence[torch.Tensor]]) -> FusedSample:
+        """Take a sample of the weights that a fused one is made of.
+
+        Args:
+            weights: For each expert, the weights ``[out, in]`` of its projections, all of them of
+                one shape and dtype.
+        """
+        first = weights[0][0]
+        out, num_inputs = first.shape
+        count = min(COMPARED_INPUTS, num_inputs)
+        values = torch.empty(len(weights), len(weights[0]), count, out, dtype=first.dtype)
+        sample = cls(num_inputs, values)
+        starts = sample._starts().tolist()
+        for parts, places, start in zip(weights, values, starts, strict=True):
+            for weight, place in zip(parts, places, strict=True):
+                place.copy_(weight.narrow(1, start, count).t())
+        return sample
+
+    def is_in(self, fused: torch.Tensor) -> bool:
+        """Whether a fused weight ``[E, in, dim]``, padded or not, holds the sample."""
+        num_experts, parts, count, out = self.values.shape
+        if (
+            fused.dtype != self.values.dtype
+            or fused.shape[0] != num_experts
+            or fused.shape[1] < self.num_inputs
+            or fused.shape[2] % parts
+        ):
+            return False
+        experts = torch.arange(num_experts)[:, None]
+        inputs = self._starts()[:, None] + torch.arange(count)
+        rows = fused.view(torch.uint8)[experts, inputs]
+        found = rows.reshape(num_experts, count, parts, -1)
+        return torch.equal(
+            found[..., : out * fused.itemsize].transpose(1, 2), self.values.view(torch.uint8)
+        )
+
+    def _starts(self) -> torch.Tensor:
+        """For each expert, the first of the inputs that are compared."""
+        num_experts, _, count, _ = self.values.shape
+        return torch.arange(num_experts) * (self.num_inputs - count) // max(1, num_experts - 1)
 
 
 @dataclass(frozen=True)
@@ -31,14 +91,13 @@ class LayerScales:
         fused: For each of NxDI's fused weights, ``[E, 1, dim]``, ``torch.float32``: gate then up
             along the last axis for ``gate_up_proj``, unpadded.
         consumed: Names of the tensors that the scales were read from.
-        compared: For each of NxDI's fused weights, what it is made of for the first and for the
-            last expert: by the expert's number, the weights ``[out, in]`` of its projections.
+        samples: For each of NxDI's fused weights, what it has to hold.
     """
 
     layer: int
     fused: Mapping[str, torch.Tensor]
     consumed: tuple[str, ...]
-    compared: Mapping[str, Mapping[int, Sequence[torch.Tensor]]]
+    samples: Mapping[str, FusedSample]
 
     def matches_layout(self, fused: str, weight: torch.Tensor) -> bool:
         """Whether a fused weight has its channels where the scales have them.
@@ -47,11 +106,11 @@ class LayerScales:
             fused: A key of :attr:`fused`.
             weight: What NxDI made of the experts' weights, ``[E, in, dim]``, padded or not.
         """
-        return all(_holds(weight[expert], parts) for expert, parts in self.compared[fused].items())
+        return self.samples[fused].is_in(weight)
 
 
 def collect(
-    state_dict: StateDict, family: MoEFamily, layer: int, experts: int, *, check_range: bool
+    state_dict: StateDict, family: MoEFamily, layer: int, experts: int
 ) -> LayerScales | None:
     """Collect and check the scales of a layer's experts. The state dict stays as it is.
 
@@ -60,22 +119,21 @@ def collect(
         family: The names in it.
         layer: The layer's number.
         experts: Number of experts in a layer, by the model's config.
-        check_range: Whether to look at every FP8 weight for values beyond Neuron's range.
 
     Returns:
         None where no expert of the layer has a scale: the layer is in full precision.
 
     Raises:
-        CheckpointError: A tensor is missing, has another shape or dtype than it should, a scale
-            is not finite and positive, or an FP8 weight goes beyond ±240.
+        CheckpointError: A tensor is missing, has another shape or dtype than it should, or a scale
+            is not finite and positive.
     """
     if not _has_scale(state_dict, family, layer, experts):
         _refuse_quantized_without_scale(state_dict, family, layer, experts)
         return None
-    _check_weights(state_dict, family, layer, experts, check_range=check_range)
+    _check_weights(state_dict, family, layer, experts)
     fused: dict[str, torch.Tensor] = {}
     consumed: list[str] = []
-    compared: dict[str, dict[int, list[torch.Tensor]]] = {}
+    samples: dict[str, FusedSample] = {}
     for name, projections in family.fused.items():
         stacked = [_stack(state_dict, family, layer, experts, part) for part in projections]
         fused[name] = scales.fuse(stacked)
@@ -84,28 +142,13 @@ def collect(
             for part in projections
             for expert in range(experts)
         ]
-        compared[name] = {
-            expert: [state_dict[family.expert_key(layer, expert, part)] for part in projections]
-            for expert in (0, experts - 1)
-        }
-    return LayerScales(layer, fused, tuple(consumed), compared)
-
-
-def _holds(fused: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
-    """Whether ``[in, dim]`` has these weights ``[out, in]``, transposed, side by side.
-
-    Every channel is looked at, at some of its inputs: scales belong to channels, and no two are
-    alike there.
-    """
-    inputs = parts[0].shape[1]
-    if fused.dtype != parts[0].dtype or fused.shape[1] % len(parts) or fused.shape[0] < inputs:
-        return False
-    step = max(1, inputs // _COMPARED_INPUTS)
-    places = fused.view(torch.uint8)[:inputs:step].tensor_split(len(parts), dim=1)
-    return all(
-        torch.equal(place[:, : part.shape[0]], part.view(torch.uint8)[:, ::step].T)
-        for place, part in zip(places, parts, strict=True)
-    )
+        samples[name] = FusedSample.take(
+            [
+                [state_dict[family.expert_key(layer, expert, part)] for part in projections]
+                for expert in range(experts)
+            ]
+        )
+    return LayerScales(layer, fused, tuple(consumed), samples)
 
 
 def _has_scale(state_dict: StateDict, family: MoEFamily, layer: int, experts: int) -> bool:
@@ -136,9 +179,7 @@ def _refuse_quantized_without_scale(
             )
 
 
-def _check_weights(
-    state_dict: StateDict, family: MoEFamily, layer: int, experts: int, *, check_range: bool
-) -> None:
+def _check_weights(state_dict: StateDict, family: MoEFamily, layer: int, experts: int) -> None:
     beyond = family.expert_key(layer, experts, family.gate)
     if beyond in state_dict:
         raise CheckpointError(
@@ -163,29 +204,23 @@ def _check_weights(
                     f"{key}: its shape is {list(weight.shape)}, the layer's other experts say "
                     f"{list(shape)}; {_MAKE_IT_AGAIN}"
                 )
-            if check_range and weight.dtype == torch.float8_e4m3fn and fp8.exceeds_range(weight):
-                raise CheckpointError(
-                    f"{key}: holds FP8 values beyond ±240, which Neuron reads as infinity or "
-                    f"NaN (a checkpoint made for GPUs); {_MAKE_IT_AGAIN}"
-                )
 
 
 def _stack(
     state_dict: StateDict, family: MoEFamily, layer: int, experts: int, projection: str
 ) -> torch.Tensor:
     """The scales of one projection, ``[E, 1, out]``."""
+    keys = [family.expert_key(layer, expert, projection, "scale") for expert in range(experts)]
+    out = state_dict[family.expert_key(layer, 0, projection)].shape[0]
     parts = []
-    for expert in range(experts):
-        key = family.expert_key(layer, expert, projection, "scale")
-        out = state_dict[family.expert_key(layer, expert, projection)].shape[0]
+    for key in keys:
         try:
             parts.append(scales.channel_scale(_get(state_dict, key), out))
         except ValueError as error:
             raise CheckpointError(f"{key}: {error}; {_MAKE_IT_AGAIN}") from error
     stacked = torch.stack(parts)
-    invalid = scales.first_invalid(stacked)
-    if invalid is not None:
-        key = family.expert_key(layer, invalid, projection, "scale")
+    if not scales.are_valid(stacked):
+        key = next(key for key, part in zip(keys, parts, strict=True) if not scales.are_valid(part))
         raise CheckpointError(
             f"{key}: a scale must be finite and positive, and this one is not; {_MAKE_IT_AGAIN}"
         )

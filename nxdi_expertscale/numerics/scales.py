@@ -39,16 +39,17 @@ def channel_scale(scale: torch.Tensor, out: int) -> torch.Tensor:
     return scale.to(torch.float32).reshape(1, out)
 
 
-def first_invalid(scales: torch.Tensor) -> int | None:
-    """Index of the first expert whose scale is not finite and positive, or None.
+def are_valid(scales: torch.Tensor) -> bool:
+    """Whether all of some scales are finite and positive.
 
     Args:
-        scales: ``[E, 1, out]``, ``torch.float32``.
+        scales: Of any shape, ``torch.float32``.
     """
-    valid = torch.isfinite(scales) & (scales > 0)
-    if bool(valid.all()):
-        return None
-    return int((~valid.flatten(1).all(dim=1)).nonzero()[0])
+    if scales.numel() == 0:
+        return True
+    # NaN goes into both extremes, and compares as false.
+    smallest, largest = torch.aminmax(scales)
+    return float(smallest) > 0 and float(largest) < float("inf")
 
 
 def fuse(projections: Sequence[torch.Tensor]) -> torch.Tensor:

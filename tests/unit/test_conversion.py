@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[Callable[[StateDict], Any], dict[str, Any], type[Except
         ),
         {},
         CheckpointError,
-        f"{ROUTER}.scale: a scale of shape [4, 1]",
+        f"{ROUTER}.scale: a scale of shape [5, 1]",
     ),
     "a router's scale of zero": (
         lambda state_dict: state_dict.update(
@@ -234,7 +234,7 @@ FUSED_OTHERWISE: dict[str, tuple[Callable[[StateDict], Any], str]] = {
     "missing": (lambda made: made.pop(f"{DOWN}.weight"), "a fused weight of shape None"),
     "of fewer experts": (
         lambda made: made.update({f"{DOWN}.weight": made[f"{DOWN}.weight"][1:]}),
-        r"of shape \[2, 4, 6\], where \[3, in, out\] was expected",
+        r"of shape \[3, 4, 6\], where \[4, in, out\] was expected",
     ),
     "fused otherwise": (
         lambda made: made.update({f"{GATE_UP}.weight": flipped(made[f"{GATE_UP}.weight"])}),

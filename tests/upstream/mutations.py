@@ -219,6 +219,37 @@ def {CONVERTER}(neuron_state_dict, config):
     return converted
 """
 
+_EXCHANGE_TWO_EXPERTS = f"""
+_in_their_order = {CONVERTER}
+
+def {CONVERTER}(neuron_state_dict, config):
+    converted = _in_their_order(neuron_state_dict, config)
+    order = torch.arange(config.num_experts)
+    order[3], order[4] = 4, 3
+    for name in list(converted):
+        if ".mlp_op." in name or ".linear_router." in name:
+            weight = converted[name]
+            numbers = weight.view(torch.uint8) if weight.element_size() == 1 else weight
+            converted[name] = numbers[order].view(weight.dtype)
+    return converted
+"""
+
+_REVERSE_CHANNELS_OF_AN_EXPERT = f"""
+_with_its_channels = {CONVERTER}
+
+def {CONVERTER}(neuron_state_dict, config):
+    converted = _with_its_channels(neuron_state_dict, config)
+    for name in list(converted):
+        if ".mlp_op." in name and name.endswith(".weight"):
+            weight = converted[name]
+            numbers = weight.view(torch.uint8) if weight.element_size() == 1 else weight
+            if ".gate_up_proj." in name:
+                numbers[3] = numbers[3].unflatten(1, (2, -1)).flip(2).flatten(1)
+            else:
+                numbers[3] = numbers[3].flip(0)
+    return converted
+"""
+
 _LOADING_IN_A_BASE = """
 class _Loading:
     load_module = DecoderModelInstance.load_module
@@ -477,6 +508,18 @@ MUTATIONS: tuple[Mutation, ...] = (
         "experts in another order",
         "state_dict:qwen3_moe",
         appended={QWEN3_MOE: _REVERSE_EXPERTS},
+        late=True,
+    ),
+    Mutation(
+        "two experts in the middle exchanged",
+        "state_dict:qwen3_moe",
+        appended={QWEN3_MOE: _EXCHANGE_TWO_EXPERTS},
+        late=True,
+    ),
+    Mutation(
+        "channels of an expert in the middle in another order",
+        "state_dict:qwen3_moe",
+        appended={QWEN3_MOE: _REVERSE_CHANNELS_OF_AN_EXPERT},
         late=True,
     ),
     Mutation(

@@ -322,7 +322,8 @@ def test_range_of_an_untouched_folder_is_taken_on_its_manifests_word(
 def test_range_of_any_other_state_dict_is_looked_at(
     nxdi: Any, moe: Path, tmp_path: Path, looked_at: list[int]
 ) -> None:
-    every_weight = models.LAYERS * models.EXPERTS * 3
+    attention, head = 4, 1
+    every_weight = models.LAYERS * (models.EXPERTS * 3 + attention) + head
     settings = save(nxdi, moe, tmp_path / "fp8")
     (tmp_path / "fp8" / MANIFEST).unlink()
     looked_at.clear()
