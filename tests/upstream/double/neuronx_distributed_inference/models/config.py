@@ -30,6 +30,9 @@ _DEFAULTS: dict[str, Any] = {
     "async_mode": False,
     "enable_bucketing": False,
     "context_encoding_buckets": None,
+    "token_generation_batches": None,
+    "is_prefix_caching": False,
+    "chunked_prefill_config": None,
     "quantized": False,
     "quantized_checkpoints_path": None,
     "quantization_type": "per_tensor_symmetric",
@@ -40,6 +43,7 @@ _DEFAULTS: dict[str, Any] = {
     "activation_quantization_type": None,
     "quantize_clamp_bound": float("inf"),
     "speculation_length": 0,
+    "medusa_speculation_length": 0,
     "enable_fused_speculation": False,
     "enable_eagle_speculation": False,
     "is_medusa": False,
@@ -50,6 +54,16 @@ _DEFAULTS: dict[str, Any] = {
     "moe_fused_nki_kernel_enabled": None,
     "logical_nc_config": 2,
 }
+
+
+_BATCH_SIZES = (
+    "ctx_batch_size",
+    "tkg_batch_size",
+    "spec_batch_size",
+    "max_batch_size",
+    "kv_cache_batch_size",
+)
+"""Each is ``batch_size``, where it is not named."""
 
 
 def to_torch_dtype(name: str) -> torch.dtype:
@@ -79,7 +93,7 @@ class NeuronConfig:
             setattr(self, name, kwargs.pop(name, default))
         for name in ("n_active_tokens", "n_positions", "max_context_length", "max_length"):
             setattr(self, name, kwargs.pop(name, self.seq_len))
-        for name in ("ctx_batch_size", "tkg_batch_size", "max_batch_size", "kv_cache_batch_size"):
+        for name in _BATCH_SIZES:
             setattr(self, name, kwargs.pop(name, self.batch_size))
         self.buckets = kwargs.pop("buckets", [self.seq_len])
         self.is_prefill_stage = None

@@ -20,6 +20,7 @@ from torch import nn
 
 from neuronx_distributed_inference.models.config import InferenceConfig, MoENeuronConfig
 from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM, NeuronBaseModel
+from neuronx_distributed_inference.modules.moe_v2 import initialize_moe_module
 
 _RENAMED = {
     "router.weight": "moe.router.linear_router.weight",
@@ -115,7 +116,7 @@ class _MoE(nn.Module):
 class NeuronMoEDecoderLayer(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.moe = _MoE(config)
+        self.moe = initialize_moe_module(config, block=_MoE)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.moe(hidden_states)[0]

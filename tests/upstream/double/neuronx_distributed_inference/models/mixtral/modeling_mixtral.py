@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from neuronx_distributed.modules.moe.model import ExpertMLPsV2, MoE, RouterTopK
 from torch import nn
 from transformers import MixtralForCausalLM
 
 from neuronx_distributed_inference.models.config import InferenceConfig, MoENeuronConfig
 from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM, NeuronBaseModel
+from neuronx_distributed_inference.modules.moe import initialize_moe_module
 
 
 def convert_mixtral_to_neuron_state_dict(
@@ -61,19 +61,13 @@ class NeuronMixtralModel(NeuronBaseModel):
     qk_norm = False
 
     def feed_forward(self, config: Any) -> nn.Module:
-        settings = config.neuron_config
-        experts, top_k = config.num_local_experts, config.num_experts_per_tok
-        router = RouterTopK(experts, top_k, config.hidden_size, settings.torch_dtype)
-        return MoE(
-            router,
-            ExpertMLPsV2(
-                experts,
-                top_k,
-                config.hidden_size,
-                config.intermediate_size,
-                settings.torch_dtype,
-                settings.normalize_top_k_affinities,
-            ),
+        return initialize_moe_module(
+            config,
+            num_experts=config.num_local_experts,
+            top_k=config.num_experts_per_tok,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            normalize_top_k_affinities=config.neuron_config.normalize_top_k_affinities,
         )
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from neuronx_distributed.modules.moe.model import ExpertMLPsV2, MoE, RouterTopK
 from torch import nn
 from transformers import Qwen3MoeForCausalLM
 
@@ -17,6 +16,7 @@ from neuronx_distributed_inference.models.config import (
     MoENeuronConfig,
 )
 from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM, NeuronBaseModel
+from neuronx_distributed_inference.modules.moe_v2 import initialize_moe_module
 
 
 def _fuse_qkv(state_dict: dict[str, Any], config: Any, layer: int) -> None:
@@ -114,22 +114,7 @@ class Qwen3MoeInferenceConfig(InferenceConfig):
 
 class NeuronQwen3MoeModel(NeuronBaseModel):
     def feed_forward(self, config: Any) -> nn.Module:
-        settings = config.neuron_config
-        router = RouterTopK(
-            config.num_local_experts,
-            config.num_experts_per_tok,
-            config.hidden_size,
-            settings.router_config.dtype,
-        )
-        experts = ExpertMLPsV2(
-            config.num_local_experts,
-            config.num_experts_per_tok,
-            config.hidden_size,
-            config.intermediate_size,
-            settings.torch_dtype,
-            settings.normalize_top_k_affinities,
-        )
-        return MoE(router, experts)
+        return initialize_moe_module(config)
 
 
 class NeuronQwen3MoeForCausalLM(NeuronBaseForCausalLM):
