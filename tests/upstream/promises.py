@@ -84,6 +84,7 @@ def record(nxdi: Any) -> Record:
     return {
         **{f"signature of {name}": _signature(_find(name)) for name in _functions()},
         **{f"named in {name}": _named(name, words) for name, words in _named_in().items()},
+        **{f"scales named in {name}": _scales_in(name) for name in _converters()},
         **{f"default of {name}": value for name, value in _defaults(nxdi.MoENeuronConfig())},
         **{f"members of {name}": _members(_find(name)) for name in ENUMERATIONS},
         **{f"experts of {family.name} are made by": _maker(family) for family in BUILT_IN},
@@ -125,7 +126,11 @@ def _find(name: str) -> Any:
 
 
 def _functions() -> set[str]:
-    patched = {f"{patch.module}:{patch.attribute}" for patch in nxdi_patches(BUILT_IN)}
+    patched = {
+        f"{patch.module}:{patch.attribute}"
+        for patch in nxdi_patches(BUILT_IN)
+        if patch.module.startswith((NXDI, NXD))
+    }
     return {*patched, *CALLED, *_entrances()}
 
 
@@ -152,6 +157,16 @@ def _signature(function: Any) -> str:
 def _named(name: str, words: tuple[str, ...]) -> dict[str, bool]:
     names = names_in_code(_find(name))
     return {word: word in names for word in words}
+
+
+def _converters() -> list[str]:
+    """The converters that are to know nothing of scales, and by what NxDI calls them."""
+    unaware = [family.converter for family in BUILT_IN if not family.converter_knows_scales]
+    return [*unaware, *_entrances()]
+
+
+def _scales_in(name: str) -> list[str]:
+    return sorted(word for word in names_in_code(_find(name)) if "scale" in word)
 
 
 def _members(enumeration: Any) -> dict[str, Any]:

@@ -19,4 +19,5 @@ def test_the_target_is_what_was_recorded(nxdi: Any, target: Target) -> None:
         for name in promised.keys() | found.keys()
         if promised.get(name, "absent") != found.get(name, "absent")
     }
-    assert different == {}, "a new release? run python -m tests.upstream.promises"
+    hint = "the file is of another release, or of other patches: see tests/upstream/promises.py"
+    assert different == {}, hint
