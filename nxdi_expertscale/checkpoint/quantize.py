@@ -97,7 +97,7 @@ def quantize_checkpoint(
         src: A checkpoint's folder: ``config.json`` and safetensors files.
         dst: The folder to make; new, empty, or one that an earlier call made or began.
         modules_to_not_convert: Modules that stay in full precision, in the names of the checkpoint
-            or of NxDI's modules; see :func:`~nxdi_expertscale.families.exclusions.is_excluded`.
+            or of NxDI's modules; see :func:`~nxdi_expertscale.families.exclusions.Exclusions`.
             The router is never converted.
         workers: Threads; by default as many as there are cores for this process.
         overwrite: Replace a finished folder. The old one stays until the new one is complete.

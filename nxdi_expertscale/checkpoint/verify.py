@@ -28,7 +28,7 @@ from nxdi_expertscale.checkpoint.write.manifest import (
 from nxdi_expertscale.checkpoint.write.plan import effective_exclusions
 from nxdi_expertscale.checkpoint.write.stray_weights import find_stray_weights
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families.exclusions import is_excluded
+from nxdi_expertscale.families.exclusions import Exclusions
 from nxdi_expertscale.numerics import fp8
 from nxdi_expertscale.sources.folder import Folder, open_folder
 
@@ -145,13 +145,13 @@ def _check_files(folder: Folder, manifest: Manifest, workers: int) -> list[Fault
 def _check_treatments(model: Model, modules_to_not_convert: Iterable[str]) -> list[Fault]:
     """Check that what has to be quantized is, with the right scale, and nothing else."""
     family = model.family
-    exclusions = effective_exclusions(model, modules_to_not_convert)
+    exclusions = Exclusions(effective_exclusions(model, modules_to_not_convert), family)
     faults = []
     for weight in model.weights:
         if not weight.is_linear:
             continue
         name, scale = weight.name, weight.scale
-        kept = family.names.is_router_key(name) or is_excluded(weight.module, exclusions, family)
+        kept = family.names.is_router_key(name) or exclusions.leave_out(weight.module)
         if kept and scale is not None:
             faults.append(Fault(name, "is quantized, and must be left as it is"))
         elif not kept and scale is None:

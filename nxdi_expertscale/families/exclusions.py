@@ -7,14 +7,14 @@ it is from. It holds for every path that it is a part of, as in NxD
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.families.layer_names import LayerNames, NameInLayer
 from nxdi_expertscale.families.linears import RenamedLinear
 from nxdi_expertscale.families.tensor_names import LinearPlace
 
@@ -68,107 +68,232 @@ def is_name(name: object) -> bool:
 def is_excluded(path: str, exclusions: Iterable[str], family: MoEFamily) -> bool:
     """Whether ``modules_to_not_convert`` leaves a module as it is.
 
-    What NxDI fuses is decided as a whole: a layer's experts, and with ``fused_qkv`` its queries,
-    keys and values.
-
-    Args:
-        path: The module's path in a checkpoint, with or without ``model.``, such as
-            ``model.layers.0.self_attn.q_proj``, or among NxDI's modules.
-        exclusions: Names of checkpoint tensors or of NxDI's modules, with or without ``model.``.
-        family: The model's family.
-
-    Raises:
-        ConfigurationError: A name is that of a part of what NxDI fuses, as one expert is.
+    See :meth:`Exclusions.leave_out`, which is quicker where many modules are asked for.
     """
-    names = tuple(exclusions)
-    expert = family.names.parse_expert_key(f"{path}.weight")
-    if expert is not None:
-        return are_experts_excluded(expert.layer, names, family)
-    layer = family.names.layer_of_module(path)
-    if layer is not None:
-        return are_experts_excluded(layer, names, family)
-    place = family.names.parse_linear_path(path)
-    if place is None:
-        return any(_is_part_of(name, path) for name in names)
-    found = _decide_linears(place, names, family)
-    if isinstance(found, PartOfFused):
-        raise found.to_error()
-    return found
+    return _exclusions(tuple(exclusions), family).leave_out(path)
 
 
 def are_experts_excluded(layer: int, exclusions: Iterable[str], family: MoEFamily) -> bool:
     """Whether ``modules_to_not_convert`` keeps a layer's experts in full precision.
 
-    NxDI fuses a layer's experts in one dtype, so it keeps all of them or none. A name may be
-    the checkpoint's (``layers.0.mlp.experts``) or that of NxDI's module
-    (``layers.0.mlp.expert_mlps``), or a part of either.
-
-    Raises:
-        ConfigurationError: A name is that of a part of what NxDI fuses, as ``down_proj`` is.
+    See :meth:`Exclusions.leave_out_experts`, which is quicker where many layers are asked for.
     """
-    found = _decide_experts(layer, tuple(exclusions), family)
+    return _exclusions(tuple(exclusions), family).leave_out_experts(layer)
+
+
+@lru_cache(maxsize=16)
+def _exclusions(names: tuple[str, ...], family: MoEFamily) -> Exclusions:
+    return Exclusions(names, family)
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What is decided of a layer.
+
+    Attributes:
+        experts: Whether its experts are excluded.
+        part: Which of the layer's names is of less than all of its experts; None if none is.
+        linears: Its renamed linear layers that are excluded.
+    """
+
+    experts: bool
+    part: int | None
+    linears: tuple[RenamedLinear, ...]
+
+
+class Exclusions:
+    """The names in ``modules_to_not_convert``, for any number of names and layers.
+
+    Attributes:
+        names: Names of checkpoint tensors or of NxDI's modules, without ``model.``.
+        family: The model's family.
+    """
+
+    def __init__(self, names: Iterable[str], family: MoEFamily) -> None:
+        self.family = family
+        # As they were written, for messages; of two that are the same the first.
+        self._written: dict[str, str] = {}
+        for name in names:
+            self._written.setdefault(name.removeprefix("model."), name)
+        self.names = tuple(filter(None, self._written))
+        self._by_length: dict[int, set[str]] = {}
+        for name in self.names:
+            self._by_length.setdefault(len(name), set()).add(name)
+        last = family.experts.rpartition(".")[2]
+        one_expert = re.compile(rf"(?:^|\.){re.escape(last)}\.[0-9]")
+        self._paths = _ComparedPaths(family)
+        self._by_layer = LayerNames(
+            self.names, self._paths.paths, lambda name: one_expert.search(name) is not None
+        )
+        self._decisions: dict[tuple[tuple[int, bool], ...], _Decision] = {}
+
+    def leave_out(self, path: str) -> bool:
+        """Whether a module stays as it is.
+
+        What NxDI fuses is decided as a whole: a layer's experts, and with ``fused_qkv`` its
+        queries, keys and values.
+
+        Args:
+            path: The module's path in a checkpoint, with or without ``model.``, such as
+                ``model.layers.0.self_attn.q_proj``, or among NxDI's modules.
+
+        Raises:
+            ConfigurationError: A name is that of a part of what NxDI fuses, as one expert is.
+        """
+        expert = self.family.names.parse_expert_key(f"{path}.weight")
+        if expert is not None:
+            return self.leave_out_experts(expert.layer)
+        layer = self.family.names.layer_of_module(path)
+        if layer is not None:
+            return self.leave_out_experts(layer)
+        place = self.family.names.parse_linear_path(path)
+        if place is None:
+            return self._hold(path)
+        return _raise_if_part(self.decide_linears(place))
+
+    def leave_out_experts(self, layer: int) -> bool:
+        """Whether a layer's experts stay as they are.
+
+        NxDI fuses a layer's experts in one dtype, so it keeps all of them or none. A name may be
+        the checkpoint's (``layers.0.mlp.experts``) or that of NxDI's module
+        (``layers.0.mlp.expert_mlps``), or a part of either.
+
+        Raises:
+            ConfigurationError: A name is that of a part of what NxDI fuses, as ``down_proj`` is.
+        """
+        return _raise_if_part(self.decide_experts(layer))
+
+    def decide_experts(self, layer: int) -> bool | PartOfFused:
+        """Whether a layer's experts stay as they are, or what names less than all of them."""
+        names = self._by_layer.of_layer(layer)
+        decision = self._decide(names)
+        if decision.part is None:
+            return decision.experts
+        return PartOfFused(
+            f"{self._written[names[decision.part].name]!r} names a part of what NxDI fuses, and it "
+            "fuses a layer's experts in one dtype",
+            f"name all experts of the layer: {self.family.experts.format(layer=layer)!r}",
+        )
+
+    def decide_linears(self, place: LinearPlace) -> bool | PartOfFused:
+        """Whether linear layers stay as they are, or which of those that NxDI fuses do not."""
+        found = self._decide(self._by_layer.of_layer(place.layer)).linears
+        excluded = [one for one in place.linears if one in found]
+        if not excluded or len(excluded) == len(place.linears):
+            return bool(excluded)
+        paths = [one.checkpoint_path(place.layer) for one in place.linears]
+        return PartOfFused(
+            f"keeps {excluded[0].checkpoint_path(place.layer)} in full precision, and with "
+            "fused_qkv=True NxDI fuses it with others in one dtype",
+            f"name all of {paths}, or set fused_qkv=False",
+        )
+
+    def expand(self, num_layers: int) -> tuple[str, ...]:
+        """Name what is excluded in both ways; see :func:`expand_exclusions`."""
+        names = list(self.names)
+        for layer in range(num_layers):
+            names += self._expand_layer(layer)
+        return tuple(dict.fromkeys(names))
+
+    def _expand_layer(self, layer: int) -> list[str]:
+        names = self._by_layer.of_layer(layer)
+        added: list[str] = []
+        if self.leave_out_experts(layer):
+            experts, modules = self.family.experts, self.family.expert_mlps
+            added += (experts.format(layer=layer), modules.format(layer=layer))
+        for linear in self._decide(names).linears:
+            both = (linear.checkpoint, linear.modules[0])
+            unnamed = [path for path in both if not self._paths.is_named(path, names)]
+            paths = [path.format(layer=layer) for path in unnamed]
+            added += [path for path in paths if not any(name in path for name in added)]
+        return added
+
+    def _hold(self, path: str) -> bool:
+        """Whether any name is a part of a path."""
+        return any(
+            path[start : start + length] in names
+            for length, names in self._by_length.items()
+            for start in range(len(path) - length + 1)
+        )
+
+    def _decide(self, names: tuple[NameInLayer, ...]) -> _Decision:
+        # Many layers have names that are parts of the same paths.
+        key = tuple((name.paths, name.by_itself) for name in names)
+        if key not in self._decisions:
+            self._decisions[key] = self._paths.decide(names)
+        return self._decisions[key]
+
+
+class _ComparedPaths:
+    """The paths of a layer that names are compared with, and what follows from it.
+
+    Attributes:
+        paths: The paths, with ``{layer}`` for the layer's number.
+    """
+
+    def __init__(self, family: MoEFamily) -> None:
+        modules = f"{family.expert_mlps}.mlp_op."
+        whole = (f"{family.experts}.", modules)
+        sides = (
+            tuple(f".{part}" for part in family.projections),
+            tuple(f"{modules}{part}" for part in family.fused),
+        )
+        linears = family.renamed_linears
+        checkpoint = tuple(linear.checkpoint for linear in linears)
+        modules_of_linears = (path for linear in linears for path in linear.all_modules)
+        self.paths = tuple(
+            dict.fromkeys((*whole, *sides[0], *sides[1], *checkpoint, *modules_of_linears))
+        )
+        self._whole = self._set_of(whole)
+        self._sides = tuple(tuple(self._set_of([part]) for part in side) for side in sides)
+        self._checkpoint = self._set_of(checkpoint)
+        self._linears = [
+            (linear, self._set_of([linear.checkpoint]), self._set_of(linear.all_modules))
+            for linear in linears
+        ]
+
+    def _set_of(self, paths: Iterable[str]) -> int:
+        return sum(1 << self.paths.index(path) for path in set(paths))
+
+    def is_named(self, path: str, names: Iterable[NameInLayer]) -> bool:
+        """Whether any name is a part of a path."""
+        bit = self._set_of([path])
+        return any(name.paths & bit for name in names)
+
+    def decide(self, names: Sequence[NameInLayer]) -> _Decision:
+        """Decide what the names that matter to a layer exclude of it."""
+        experts, part = self._decide_experts(names)
+        linears = tuple(
+            linear
+            for linear, checkpoint, modules in self._linears
+            # "v_proj" is a part of the module's name "qkv_proj" as well: a name that is the
+            # checkpoint's is read as that.
+            if any(
+                name.paths & checkpoint
+                or (name.paths & modules and not name.paths & self._checkpoint)
+                for name in names
+            )
+        )
+        return _Decision(experts, part, linears)
+
+    def _decide_experts(self, names: Sequence[NameInLayer]) -> tuple[bool, int | None]:
+        if any(name.paths & self._whole for name in names):
+            return True, None
+        found = [
+            [[at for at, name in enumerate(names) if name.paths & part] for part in side]
+            for side in self._sides
+        ]
+        if any(all(side) for side in found):
+            return True, None
+        parts = [at for side in found for of_part in side for at in of_part]
+        parts += [at for at, name in enumerate(names) if name.by_itself]
+        return False, parts[0] if parts else None
+
+
+def _raise_if_part(found: bool | PartOfFused) -> bool:
     if isinstance(found, PartOfFused):
         raise found.to_error()
     return found
-
-
-@lru_cache(maxsize=4096)
-def _decide_experts(layer: int, names: tuple[str, ...], family: MoEFamily) -> bool | PartOfFused:
-    experts = f"{family.experts.format(layer=layer)}."
-    modules = f"{family.expert_mlps.format(layer=layer)}.mlp_op."
-    if any(_is_part_of(name, path) for name in names for path in (experts, modules)):
-        return True
-    sides = [
-        [[n for n in names if _is_part_of(n, f".{part}")] for part in family.projections],
-        [[n for n in names if _is_part_of(n, f"{modules}{part}")] for part in family.fused],
-    ]
-    if any(all(side) for side in sides):
-        return True
-    one_expert = re.compile(rf"(?:^|\.){re.escape(_last(family.experts))}\.[0-9]")
-    parts = [name for side in sides for found in side for name in found]
-    parts += [name for name in names if one_expert.search(name)]
-    if not parts:
-        return False
-    return PartOfFused(
-        f"{parts[0]!r} names a part of what NxDI fuses, and it fuses a layer's experts in one "
-        "dtype",
-        f"name all experts of the layer: {family.experts.format(layer=layer)!r}",
-    )
-
-
-def _decide_linears(
-    place: LinearPlace, names: tuple[str, ...], family: MoEFamily
-) -> bool | PartOfFused:
-    layer = place.layer
-    excluded = [one for one in place.linears if _is_linear_excluded(layer, one, names, family)]
-    if not excluded or len(excluded) == len(place.linears):
-        return bool(excluded)
-    paths = [one.checkpoint_path(layer) for one in place.linears]
-    return PartOfFused(
-        f"keeps {excluded[0].checkpoint_path(layer)} in full precision, and with fused_qkv=True "
-        "NxDI fuses it with others in one dtype",
-        f"name all of {paths}, or set fused_qkv=False",
-    )
-
-
-@lru_cache(maxsize=4096)
-def _is_linear_excluded(
-    layer: int, linear: RenamedLinear, names: tuple[str, ...], family: MoEFamily
-) -> bool:
-    return any(_names_linear(name, layer, linear, family) for name in names)
-
-
-def _names_linear(name: str, layer: int, linear: RenamedLinear, family: MoEFamily) -> bool:
-    if _is_part_of(name, linear.checkpoint_path(layer)):
-        return True
-    # "v_proj" is a part of the module's name "qkv_proj" as well: a name that is the checkpoint's
-    # is read as that.
-    is_checkpoints = any(
-        _is_part_of(name, other.checkpoint_path(layer)) for other in family.renamed_linears
-    )
-    return not is_checkpoints and any(
-        _is_part_of(name, path) for path in linear.module_paths(layer)
-    )
 
 
 def expand_exclusions(
@@ -188,16 +313,7 @@ def expand_exclusions(
     Raises:
         ConfigurationError: A name is that of a part of what NxDI fuses.
     """
-    names = [name.removeprefix("model.") for name in exclusions]
-    for layer in range(num_layers):
-        if are_experts_excluded(layer, exclusions, family):
-            names.append(family.experts.format(layer=layer))
-            names.append(family.expert_mlps.format(layer=layer))
-        for linear in family.renamed_linears:
-            if _is_linear_excluded(layer, linear, tuple(exclusions), family):
-                both = (linear.checkpoint_path(layer), linear.module_paths(layer)[0])
-                names += [path for path in both if not any(name in path for name in names)]
-    return tuple(dict.fromkeys(names))
+    return Exclusions(exclusions, family).expand(num_layers)
 
 
 def attention_without_scales(
@@ -212,10 +328,11 @@ def attention_without_scales(
     Raises:
         ConfigurationError: Not all of a layer's queries, keys and values are excluded.
     """
+    names = Exclusions(exclusions, family)
     return tuple(
         path.rpartition(".")[0].rpartition(".")[0]
         for path in _fused_paths(num_layers, family)
-        if is_excluded(path, exclusions, family)
+        if names.leave_out(path)
     )
 
 
@@ -230,12 +347,16 @@ def find_part_of_fused(
         family: The model's family.
         fused_qkv: Whether NxDI fuses queries, keys and values.
     """
-    names = tuple(exclusions)
-    decisions = [_decide_experts(layer, names, family) for layer in range(num_layers)]
-    if fused_qkv:
-        places = (family.names.parse_linear_path(p) for p in _fused_paths(num_layers, family))
-        decisions += [_decide_linears(place, names, family) for place in places if place]
-    return next((found for found in decisions if isinstance(found, PartOfFused)), None)
+    names = Exclusions(exclusions, family)
+
+    def decisions() -> Iterator[bool | PartOfFused]:
+        yield from map(names.decide_experts, range(num_layers))
+        for path in _fused_paths(num_layers, family) if fused_qkv else ():
+            place = family.names.parse_linear_path(path)
+            if place is not None:
+                yield names.decide_linears(place)
+
+    return next((found for found in decisions() if isinstance(found, PartOfFused)), None)
 
 
 def _fused_paths(num_layers: int, family: MoEFamily) -> Iterator[str]:
@@ -243,69 +364,3 @@ def _fused_paths(num_layers: int, family: MoEFamily) -> Iterator[str]:
     fused = next((one.fused[0] for one in family.renamed_linears if one.fused), None)
     if fused is not None:
         yield from (fused.format(layer=layer) for layer in range(num_layers))
-
-
-def check_names(
-    exclusions: Iterable[str], paths: Collection[str], num_layers: int, family: MoEFamily
-) -> None:
-    """Check that each exclusion is a part of the path of some module.
-
-    Args:
-        exclusions: Names of checkpoint tensors or of NxDI's modules.
-        paths: Paths of the modules in the checkpoint, with or without ``model.``.
-        num_layers: The model's number of layers.
-        family: The model's family.
-
-    Raises:
-        ConfigurationError: One is not; the message lists names that are near to it.
-    """
-    for name in exclusions:
-        is_known = name in family.full_precision or any(_is_part_of(name, path) for path in paths)
-        if is_known or any(_is_part_of(name, p) for p in _declared_paths(num_layers, family)):
-            continue
-        near = _near_names(name.removeprefix("model."), paths, num_layers, family)
-        raise ConfigurationError(
-            f"{SETTING}: {name!r} is no part of any module's name; "
-            + (f"did you mean {' or '.join(map(repr, near))}?" if near else "remove it")
-        )
-
-
-def _declared_paths(num_layers: int, family: MoEFamily) -> Iterator[str]:
-    yield from (family.embeddings, family.head)
-    for layer in range(num_layers):
-        yield family.router_module(layer)
-        for fused in family.fused:
-            yield family.fused_key(layer, fused).removesuffix(".weight")
-        for linear in family.renamed_linears:
-            yield from linear.module_paths(layer)
-
-
-def _experts_or_path(path: str, family: MoEFamily) -> str:
-    expert = family.names.parse_expert_key(f"{path}.weight")
-    return path if expert is None else family.experts.format(layer=expert.layer)
-
-
-def _near_names(name: str, paths: Iterable[str], num_layers: int, family: MoEFamily) -> list[str]:
-    """What might have been meant by a name: parts of paths with as many words as it has."""
-    # Of a layer's experts one is enough.
-    known = {_experts_or_path(path.removeprefix("model."), family) for path in paths}
-    words = name.count(".") + 1
-    candidates: dict[str, None] = {}
-    for path in (*sorted(known), *_declared_paths(num_layers, family)):
-        parts = path.split(".")
-        starts = range(len(parts) - words + 1)
-        candidates.update(
-            (".".join(parts[start : start + words]), None)
-            for start in starts
-            if not parts[start].isdecimal()
-        )
-    return difflib.get_close_matches(name, candidates, n=3)
-
-
-def _last(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def _is_part_of(name: str, path: str) -> bool:
-    bare = name.removeprefix("model.")
-    return bare != "" and (bare in path or name in path)

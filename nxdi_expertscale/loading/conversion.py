@@ -16,9 +16,9 @@ from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.exclusions import (
     are_experts_excluded,
     attention_without_scales,
-    check_names,
     is_excluded,
 )
+from nxdi_expertscale.families.known_modules import check_names
 from nxdi_expertscale.loading import expert_scales, expert_weights
 from nxdi_expertscale.loading.channel_scales import per_channel_scales
 from nxdi_expertscale.loading.expert_scales import LayerScales

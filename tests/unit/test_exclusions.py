@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import random
+import time
+from collections.abc import Callable
+
 import pytest
 
 from nxdi_expertscale.errors import ConfigurationError
@@ -7,12 +11,12 @@ from nxdi_expertscale.families.built_in import LLAMA4, MIXTRAL, QWEN3_MOE
 from nxdi_expertscale.families.exclusions import (
     are_experts_excluded,
     attention_without_scales,
-    check_names,
     expand_exclusions,
     find_part_of_fused,
     is_excluded,
     parse_exclusions,
 )
+from nxdi_expertscale.families.known_modules import check_names
 
 
 @pytest.mark.parametrize("name", ["layers.1.mlp.experts", "model.layers.1.mlp.expert_mlps"])
@@ -256,3 +260,72 @@ def test_exclusions_are_a_list_of_names() -> None:
     ):
         with pytest.raises(ConfigurationError, match=f"^modules_to_not_convert: {says}"):
             parse_exclusions(value)
+
+
+def _parts_of_parts(count: int) -> list[str]:
+    path = ".self_attn.qkv_proj"
+    return [f"{number}{path[: 1 + number % len(path)]}" for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        lambda count: [f"layers.{layer}.mlp.experts" for layer in range(count)],
+        lambda count: [f"layers.{layer}.self_attn.qkv_proj" for layer in range(count)],
+        lambda count: [f"{layer}.mlp.experts" for layer in range(count)],
+        _parts_of_parts,
+    ],
+    ids=["experts", "attention", "ends of numbers", "parts of parts"],
+)
+def test_time_goes_with_names_and_layers_and_not_with_their_product(
+    names: Callable[[int], list[str]],
+) -> None:
+    def seconds(count: int, num_layers: int) -> float:
+        given = names(count)
+        paths = [f"layers.{layer}.mlp.experts.0.up_proj" for layer in range(num_layers)]
+        start = time.process_time()
+        expand_exclusions(given, num_layers, QWEN3_MOE)
+        find_part_of_fused(given, num_layers, QWEN3_MOE, fused_qkv=False)
+        check_names(given, paths, num_layers, QWEN3_MOE)
+        return time.process_time() - start
+
+    small = min(seconds(312, 1_024) for _ in range(3))
+
+    # Sixteen times the names and the layers; their product is 256 times as large.
+    assert seconds(5_000, 16_384) < 64 * small
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_many_names_decide_what_each_layer_decides_by_itself(seed: int) -> None:
+    """What is looked up by a layer's number is what a look at every name finds."""
+    generator = random.Random(seed)
+    paths = [
+        path
+        for layer in range(13)
+        for path in (
+            f"layers.{layer}.mlp.experts.0.up_proj",
+            f"layers.{layer}.mlp.expert_mlps.mlp_op.gate_up_proj",
+            f"layers.{layer}.self_attn.q_proj",
+            f"layers.{layer}.self_attn.qkv_proj.q_proj",
+            f"layers.{layer}.self_attn.Wqkv",
+            f"layers.{layer}.mlp.gate",
+        )
+    ]
+    names = []
+    for _ in range(generator.choice([1, 3, 10, 40])):
+        path = generator.choice(paths)
+        start = generator.randrange(len(path))
+        names.append(path[start : generator.randrange(start, len(path)) + 1])
+
+    def outcome(path: str, names: list[str]) -> bool | str:
+        try:
+            return is_excluded(path, names, QWEN3_MOE)
+        except ConfigurationError:
+            return "a part"
+
+    for path in paths:
+        alone = {outcome(path, [name]) for name in names}
+        together = outcome(path, names)
+        # Names of parts may make a whole together.
+        by_worst = {True: {True}, "a part": {True, "a part"}, False: {False}}
+        assert together in by_worst[next(found for found in by_worst if found in alone)]

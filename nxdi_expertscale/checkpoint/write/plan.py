@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,11 @@ from nxdi_expertscale.checkpoint.read.scales import SCALE_SUFFIX
 from nxdi_expertscale.checkpoint.read.tensors import FP8, Weight, module_of
 from nxdi_expertscale.checkpoint.safetensors_format import NewTensor, lay_out
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.exclusions import (
-    check_names,
+    Exclusions,
     find_part_of_fused,
-    is_excluded,
 )
+from nxdi_expertscale.families.known_modules import check_names
 
 LM_HEAD = "lm_head"
 
@@ -142,7 +141,7 @@ def make_plan(model: Model, modules_to_not_convert: Iterable[str], max_shard_byt
     Args:
         model: The source.
         modules_to_not_convert: Modules that stay in full precision; see
-            :func:`~nxdi_expertscale.families.exclusions.is_excluded`.
+            :func:`~nxdi_expertscale.families.exclusions.Exclusions`.
         max_shard_bytes: Size at which a new file is begun.
 
     Raises:
@@ -167,11 +166,10 @@ def plan_tensors(model: Model, modules_to_not_convert: Iterable[str]) -> list[Pl
     """Decide what is done with each tensor, in the order of the source; see :func:`make_plan`."""
     requested = tuple(modules_to_not_convert)
     _check_exclusions(model, requested)
-    exclusions = effective_exclusions(model, (*requested, *kept_by_source(model)))
+    names = effective_exclusions(model, (*requested, *kept_by_source(model)))
+    exclusions = Exclusions(names, model.family)
     full_precision = _HF_DTYPES.get(model.config.dtype or "", "BF16")
-    return [
-        _plan_tensor(weight, model.family, exclusions, full_precision) for weight in model.weights
-    ]
+    return [_plan_tensor(weight, exclusions, full_precision) for weight in model.weights]
 
 
 def check_readable(plan: Plan) -> None:
@@ -229,26 +227,21 @@ def tensors_to_quantize(model: Model, modules_to_not_convert: Iterable[str]) -> 
     """Names of the tensors that a plan with these exclusions quantizes; see :func:`make_plan`."""
     requested = tuple(modules_to_not_convert)
     _check_exclusions(model, requested)
-    exclusions = effective_exclusions(model, (*requested, *kept_by_source(model)))
-    return {
-        weight.name
-        for weight in model.weights
-        if _is_to_be_quantized(weight, model.family, exclusions)
-    }
+    names = effective_exclusions(model, (*requested, *kept_by_source(model)))
+    exclusions = Exclusions(names, model.family)
+    return {weight.name for weight in model.weights if _is_to_be_quantized(weight, exclusions)}
 
 
-def _is_to_be_quantized(weight: Weight, family: MoEFamily, exclusions: Collection[str]) -> bool:
+def _is_to_be_quantized(weight: Weight, exclusions: Exclusions) -> bool:
     return (
         weight.is_linear
-        and not family.names.is_router_key(weight.name)
-        and not is_excluded(weight.module, exclusions, family)
+        and not exclusions.family.names.is_router_key(weight.name)
+        and not exclusions.leave_out(weight.module)
     )
 
 
-def _plan_tensor(
-    weight: Weight, family: MoEFamily, exclusions: Collection[str], full_precision: str
-) -> PlannedTensor:
-    if _is_to_be_quantized(weight, family, exclusions):
+def _plan_tensor(weight: Weight, exclusions: Exclusions, full_precision: str) -> PlannedTensor:
+    if _is_to_be_quantized(weight, exclusions):
         return PlannedTensor(weight, Treatment.QUANTIZE, FP8)
     if weight.scale is not None:
         return PlannedTensor(weight, Treatment.DEQUANTIZE, full_precision)
