@@ -38,6 +38,14 @@ def _rope_scaling(config: Any) -> Mapping[str, Any]:
     return scaling if isinstance(scaling, Mapping) else {}
 
 
+def _has_rope_of_transformers_5(config: Any) -> int | None:
+    rope = config_field(config, "rope_parameters")
+    theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
+    if theta is None or theta == config_field(config, "rope_theta"):
+        return None
+    return ALWAYS
+
+
 def _slides_where_asked(config: Any) -> int | None:
     return _slides(config) if config_field(config, "use_sliding_window", False) else None
 
@@ -116,6 +124,14 @@ _ROPE_SCALING = Limit(
         "for longer ones, serve it with another engine"
     ),
 )
+_ROPE_PARAMETERS = Limit(
+    field="rope_parameters",
+    starts_at=_has_rope_of_transformers_5,
+    problem="the config.json was written by transformers 5, and NxDI's transformers 4 ignores its "
+    "rope_parameters",
+    effect=Effect.WRONG,
+    remedy="write rope_theta (and rope_scaling, if there is one) beside rope_parameters",
+)
 _ONE_EXPERT = Limit(
     field="num_experts_per_tok",
     starts_at=_chooses_one_expert,
@@ -138,6 +154,7 @@ QWEN3_MOE_LIMITS = (
         effect=Effect.WRONG,
     ),
     _ROPE_SCALING,
+    _ROPE_PARAMETERS,
     Limit(
         field="use_sliding_window",
         starts_at=_slides_where_asked,
@@ -164,6 +181,7 @@ MIXTRAL_LIMITS = (
         remedy=_SHORTER,
     ),
     _ROPE_SCALING,
+    _ROPE_PARAMETERS,
     Limit(
         field="head_dim",
         starts_at=_has_own_head_dim,
@@ -174,6 +192,7 @@ MIXTRAL_LIMITS = (
 )
 
 LLAMA4_LIMITS = (
+    _ROPE_PARAMETERS,
     Limit(
         field="num_experts_per_tok",
         starts_at=_chooses_several_experts,

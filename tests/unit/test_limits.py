@@ -43,6 +43,8 @@ SCOUT = {
 }
 NXD = {**SCOUT, "factor": 8.0, "high_freq_factor": 4.0}
 
+TRANSFORMERS_5 = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+
 REACHED: dict[tuple[str, str], list[tuple[dict[str, Any], int]]] = {
     ("qwen3_moe", "norm_topk_prob"): [({"norm_topk_prob": False}, ALWAYS)],
     ("qwen3_moe", "attention_bias"): [({"attention_bias": True}, ALWAYS)],
@@ -60,6 +62,13 @@ REACHED: dict[tuple[str, str], list[tuple[dict[str, Any], int]]] = {
     ("qwen3_moe", "num_experts_per_tok"): [({"num_experts_per_tok": 1}, ALWAYS)],
     ("mixtral", "sliding_window"): [({"sliding_window": 4096}, 4097)],
     ("mixtral", "rope_scaling"): [({"rope_scaling": YARN}, ALWAYS)],
+    **{
+        (family, "rope_parameters"): [
+            (TRANSFORMERS_5, ALWAYS),
+            ({**TRANSFORMERS_5, "rope_theta": 1e4}, ALWAYS),
+        ]
+        for family in ("qwen3_moe", "mixtral", "llama4")
+    },
     ("mixtral", "head_dim"): [({"head_dim": 256}, ALWAYS)],
     ("mixtral", "num_experts_per_tok"): [({"num_experts_per_tok": 1}, ALWAYS)],
     ("llama4", "num_experts_per_tok"): [({"num_experts_per_tok": 2}, ALWAYS)],
@@ -80,6 +89,7 @@ NOT_REACHED: dict[str, list[dict[str, Any]]] = {
         {"tie_word_embeddings": True},
         {"rope_scaling": {"rope_type": "default"}},
         {"rope_scaling": None},
+        {**TRANSFORMERS_5, "rope_theta": 1e6},
         {"use_sliding_window": False, "sliding_window": 4096},
         {"use_sliding_window": True, "sliding_window": None},
         {"mlp_only_layers": [], "decoder_sparse_step": 1},
@@ -120,6 +130,55 @@ def test_limit_is_reached_by_what_asks_for_it(family: MoEFamily, limit: Limit, f
 def test_limits_are_not_reached_by_what_nxdi_runs_rightly(family: MoEFamily) -> None:
     for asked in NOT_REACHED[family.name]:
         assert family.limits_of({**CONFIGS[family.name], **asked}) == ()
+
+
+PUBLISHED = [
+    (
+        "Qwen3-30B-A3B",
+        {
+            "model_type": "qwen3_moe",
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+            "head_dim": 128,
+            "hidden_size": 2048,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 48,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+            "num_attention_heads": 32,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 48,
+            "rope_scaling": None,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "use_sliding_window": False,
+        },
+    ),
+    (
+        "Mixtral-8x7B-Instruct-v0.1",
+        {
+            "model_type": "mixtral",
+            "hidden_size": 4096,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 32,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 32,
+            "num_local_experts": 8,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "config"), PUBLISHED, ids=[name for name, _ in PUBLISHED])
+def test_published_models_reach_no_limit(model: str, config: dict[str, Any]) -> None:
+    (family,) = (one for one in BUILT_IN if config["model_type"] in one.model_types)
+
+    assert family.limits_of(config) == ()
 
 
 def test_missing_fields_have_hugging_faces_defaults() -> None:

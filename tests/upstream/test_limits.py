@@ -6,6 +6,7 @@ longer has a limit fails here.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -219,8 +220,32 @@ def test_tied_embeddings_fail_without_this_package(nxdi: Any, tmp_path: Path, fa
         nxdi.load(checkpoint)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "llama4"])
+def test_config_of_transformers_5_is_read_as_another_one(
+    nxdi: Any, target: Target, tmp_path: Path, active: None, family: str
+) -> None:
+    if target.is_double and family == "llama4":
+        pytest.skip("the double's Llama 4 has no attention of its own")
+    checkpoint = SAVE[family](tmp_path / "model", rope_theta=100.0)
+    expected = models.load(checkpoint)(models.prompt()).logits[:, -1]
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    text = config.get("text_config", config)
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": text.pop("rope_theta")}
+    text.pop("rope_scaling", None)
+    file.write_text(json.dumps(config))
+    asked = {**nxdi.FP8, "quantized_checkpoints_path": str(tmp_path), "expert_wise_scale": True}
+
+    logits = nxdi.load(checkpoint).logits(models.prompt())
+
+    assert nxdi.relative_error(logits, expected) > FP8
+    with pytest.raises(ConfigurationError, match="written by transformers 5"):
+        nxdi.inference_config(checkpoint, **asked)
+
+
 def test_every_limit_is_seen() -> None:
     seen = {(case.family, case.field) for case in CASES}
+    seen |= {(family, "rope_parameters") for family in SAVE}
 
     for family in BUILT_IN:
         for limit in family.limits:
