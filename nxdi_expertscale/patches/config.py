@@ -44,7 +44,7 @@ def patches(families: Sequence[MoEFamily]) -> list[Patch]:
             module=MODULE,
             attribute="InferenceConfig.__init__",
             wrapper=check_after_init,
-            find_incompatibility=_incompatibility,
+            find_incompatibility=_inference_config_incompatibility,
             is_native=_is_native,
         ),
         Patch(
@@ -61,11 +61,13 @@ def _is_native(module: ModuleType) -> bool:
 
 
 def _incompatibility(module: ModuleType) -> str | None:
-    if not module.MoENeuronConfig.__dictoffset__:
-        return "the attributes of a MoENeuronConfig are fixed"
-    if "neuron_config" not in inspect.signature(module.InferenceConfig.__init__).parameters:
-        return "InferenceConfig.__init__ takes no neuron_config"
-    return None
+    has_attributes = module.MoENeuronConfig.__dictoffset__
+    return None if has_attributes else "the attributes of a MoENeuronConfig are fixed"
+
+
+def _inference_config_incompatibility(module: ModuleType) -> str | None:
+    takes = "neuron_config" in inspect.signature(module.InferenceConfig.__init__).parameters
+    return None if takes else "InferenceConfig.__init__ takes no neuron_config"
 
 
 def _accept_flag(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:

@@ -66,6 +66,7 @@ def checkpoint(tmp_path: Path) -> Path:
     model = "model.language_model"
     shapes = {
         f"{model}.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        f"{model}.norm.weight": (HIDDEN,),
         "lm_head.weight": (VOCABULARY, HIDDEN),
         **{f"{attention}.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkv"},
         f"{model}.layers.0.mlp.gate.weight": (EXPERTS, HIDDEN),

@@ -49,7 +49,9 @@ class _Guard:
         if self.output is None:
             return
         if event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES:
-            self._changes(event, arguments[0], -1)
+            # A bare name is one in a folder that was opened before; the event does not say which.
+            if not isinstance(arguments[0], str) or os.sep in arguments[0]:
+                self._changes(event, arguments[0], -1)
         elif event in _CHANGES:
             for path, folder in _CHANGES[event]:
                 self._changes(event, arguments[path], -1 if folder is None else arguments[folder])

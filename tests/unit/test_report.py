@@ -36,7 +36,7 @@ _MANIFEST = manifest("0.1.0", *_FILES)
 def layers(number: int, experts: int) -> list[LayerScales]:
     scale = torch.ones(experts, 1, 4)
     return [
-        LayerScales(layer=layer, fused={"gate_up_proj": scale}, consumed=(), compared={})
+        LayerScales(layer=layer, fused={"gate_up_proj": scale}, consumed=(), samples={})
         for layer in range(number)
     ]
 
