@@ -30,16 +30,22 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
     return parse_json(folder.read(name, limit=MAX_JSON_BYTES), folder.location(name))
 
 
-def check_json(text: bytes, where: str) -> None:
-    """Check that a text is JSON of some kind, as it is copied and not read.
+def parse_any_json(text: bytes, where: str) -> Any:
+    """Parse JSON of some kind, that is copied and not read.
+
+    Args:
+        text: The JSON, in any encoding that JSON may have.
+        where: What messages call it.
 
     Raises:
-        CheckpointError: It is not.
+        CheckpointError: It is not JSON, or is nested too deeply.
     """
     try:
-        json.loads(text)
+        value = json.loads(text)
+        _check_depth(value)
     except (ValueError, RecursionError) as error:
         raise damaged(where, f"is not valid JSON ({error})") from None
+    return value
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:

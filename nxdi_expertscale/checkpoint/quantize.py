@@ -11,12 +11,10 @@ from pathlib import Path
 from nxdi_expertscale.checkpoint.json_files import render_json
 from nxdi_expertscale.checkpoint.origin import mismatch_of
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores
+from nxdi_expertscale.checkpoint.read.auxiliary import find_auxiliary_files, read_auxiliary_file
 from nxdi_expertscale.checkpoint.read.files import (
     CONFIG,
     INDEX,
-    auxiliary_files,
-    check_auxiliary_files,
-    read_auxiliary_file,
 )
 from nxdi_expertscale.checkpoint.read.model import Model, open_model
 from nxdi_expertscale.checkpoint.upstream_limits import warn_of_limits
@@ -63,6 +61,7 @@ class QuantizationResult:
         resumed_shards: How many of them an earlier run had finished.
         modules_to_not_convert: Modules that were left in full precision.
         below_floor: Weights with channels so small that the floor of the scale, 1e-5, loses them.
+        code_left_out: Scripts, binaries and ``auto_map`` of configs, which are not copied.
     """
 
     destination: Path
@@ -74,6 +73,7 @@ class QuantizationResult:
     resumed_shards: int
     modules_to_not_convert: tuple[str, ...]
     below_floor: tuple[str, ...]
+    code_left_out: tuple[str, ...]
 
 
 def quantize_checkpoint(
@@ -124,8 +124,7 @@ def quantize_checkpoint(
     # 2. Plan every file that will be written, and check that there is room for it.
     plan = make_plan(source, modules_to_not_convert, max_shard_bytes)
     check_readable(plan)
-    auxiliary = auxiliary_files(source.folder, leave_out=[MANIFEST])
-    check_auxiliary_files(source.folder, auxiliary)
+    auxiliary = find_auxiliary_files(source.folder, leave_out=[MANIFEST])
     check_destination(source, destination, overwrite=overwrite)
     check_space(plan.nbytes, destination)
 
@@ -150,7 +149,7 @@ def quantize_checkpoint(
             below_floor = tuple(sorted(n for r in records.values() for n in r.below_floor))
 
             # 5. Write the config, the index, and the files that lie beside the weights.
-            files = _write_other_files(staging, source, plan, auxiliary)
+            files = _write_other_files(staging, source, plan, auxiliary.names)
 
             # 6. Check that the source is still what was read, and record what was made from it.
             digests = digests_of_tensors(records.values())
@@ -180,6 +179,7 @@ def quantize_checkpoint(
         resumed_shards=resumed,
         modules_to_not_convert=plan.exclusions,
         below_floor=below_floor,
+        code_left_out=auxiliary.code,
     )
 
 

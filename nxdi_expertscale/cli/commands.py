@@ -188,6 +188,8 @@ def quantize(
             overwrite=overwrite,
             progress=progress,
         )
+    if result.code_left_out:
+        print_message(f"{src}: code is not copied: {tables.listed(result.code_left_out)}")
     try:
         print_report(to_json(result) if as_json else tables.quantization_summary(result))
     except OSError as error:

@@ -20,6 +20,7 @@ from nxdi_expertscale.cli.output import (
     occupy_standard_descriptors,
     print_message,
     print_on_stderr,
+    warnings_as_messages,
 )
 from nxdi_expertscale.errors import ExpertScaleError, one_line
 
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     invocation = Invocation()
     try:
         # A service that is stopped ends as one at a keyboard that is interrupted.
-        with _on_signals(signal.default_int_handler, signal.SIGTERM):
+        with warnings_as_messages(), _on_signals(signal.default_int_handler, signal.SIGTERM):
             status = _run(sys.argv[1:] if arguments is None else arguments, invocation)
     except BaseException as error:  # A panic of a library in Rust is no Exception.
         # No second signal interrupts what is printed of the first.

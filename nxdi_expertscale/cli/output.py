@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from nxdi_expertscale.errors import printable
+from nxdi_expertscale.errors import printable, shorten
 
 PROGRAM = "nxdi-expertscale"
 
@@ -66,7 +69,26 @@ def print_message(text: str) -> None:
 
     Where stderr cannot take it there is no place left to say so; the exit status remains.
     """
-    print_on_stderr(f"{PROGRAM}: {text}")
+    print_on_stderr(f"{PROGRAM}: {shorten(printable(text))}")
+
+
+class MessageHandler(logging.Handler):
+    """Prints what the package logs as it prints its messages, one line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        print_message(record.getMessage())
+
+
+@contextmanager
+def warnings_as_messages() -> Iterator[None]:
+    """Print the package's warnings, of which the terminal is otherwise not protected."""
+    logger, handler = logging.getLogger("nxdi_expertscale"), MessageHandler(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def print_on_stderr(text: str) -> None:

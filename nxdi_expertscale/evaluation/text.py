@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nxdi_expertscale.checkpoint.read.files import read_auxiliary_file
+from nxdi_expertscale.checkpoint.read.auxiliary import read_auxiliary_file
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 from nxdi_expertscale.evaluation.tokenizer import encode
 from nxdi_expertscale.sources.folder import Folder

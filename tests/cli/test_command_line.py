@@ -301,3 +301,27 @@ def test_path_that_is_not_utf8_is_refused_by_name(
 
     assert (status, err.count("\n")) == (2, 1)
     assert r"a\udcff" in err and "is not a name in UTF-8" in err
+
+
+def test_code_of_a_checkpoint_is_named_in_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    auto_map = {"auto_map": {"AutoConfig": "evil/code--x.Y"}}
+    source = checkpoints.save(tmp_path / "source", config=auto_map)
+    (source / "x\x1b[2J.py").touch()
+
+    status, _, err = run_here(capsys, "quantize", str(source), str(tmp_path / "dst"))
+
+    names = r"config.json: auto_map (of evil/code), x\x1b[2J.py"
+    assert (status, err) == (0, f"nxdi-expertscale: {source}: code is not copied: {names}\n")
+
+
+def test_warnings_of_the_package_are_messages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoints.save(tmp_path / "source", config={"norm_topk_prob": False})
+
+    _, _, err = run_here(capsys, "quantize", str(source), str(tmp_path / "dst"))
+
+    assert err.startswith(f"nxdi-expertscale: {source}/config.json: ")
+    assert err.count("\n") == 1

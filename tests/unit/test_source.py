@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nxdi_expertscale.checkpoint.read.files import WeightFiles, auxiliary_files
+from nxdi_expertscale.checkpoint.read.auxiliary import find_auxiliary_files
+from nxdi_expertscale.checkpoint.read.files import WeightFiles
 from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.sources.folder import open_folder
@@ -54,7 +55,8 @@ def test_a_folder_of_the_hubs_cache_is_read(folder: Path, tmp_path: Path) -> Non
         (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
 
     assert set(read(snapshot).tensors) == set(checkpoints.tensors())
-    assert auxiliary_files(open_folder(snapshot)) == ["generation_config.json", "tokenizer.json"]
+    names = find_auxiliary_files(open_folder(snapshot)).names
+    assert names == ("generation_config.json", "tokenizer.json")
 
 
 @pytest.mark.parametrize("name", ["config.json", SECOND, INDEX])

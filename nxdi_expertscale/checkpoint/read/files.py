@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
-from nxdi_expertscale.checkpoint.json_files import check_json, read_json
+from nxdi_expertscale.checkpoint.json_files import read_json
 from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor, read_header
 from nxdi_expertscale.errors import CheckpointError, damaged
 from nxdi_expertscale.sources.folder import Folder
@@ -17,22 +16,6 @@ INDEX = "model.safetensors.index.json"
 
 MAX_HEADERS_BYTES = 64 << 20
 """Longer than the headers of any real checkpoint together."""
-
-MAX_AUXILIARY_BYTES = 256 << 20
-"""Longer than any tokenizer."""
-
-_AUXILIARY = (
-    "LICENSE*",
-    "*.jinja",
-    "*.json",
-    "*.model",
-    "*.tiktoken",
-    "*.txt",
-)
-"""What is copied beside the weights: tokenizer, generation config, chat template, licence."""
-
-_NOT_COPIED = ("*.index.json", "adapter_config.json")
-"""What would have other weights loaded, or an adapter put on top of them."""
 
 
 @dataclass(frozen=True)
@@ -122,48 +105,3 @@ def _check_index(
         raise damaged(
             folder.location(INDEX), f"does not name {extra.name}, which is in {extra.file}"
         )
-
-
-def auxiliary_files(folder: Folder, leave_out: Iterable[str] = ()) -> list[str]:
-    """Names of the files beside the weights: tokenizer, generation config, licence.
-
-    Args:
-        folder: The checkpoint's folder.
-        leave_out: Names that are left out, beside the config and the index.
-
-    Raises:
-        CheckpointError: One is not a regular file, or leads out of the folder.
-    """
-    skipped = {CONFIG, INDEX, *leave_out}
-    names = [
-        name
-        for name in folder.names()
-        if any(fnmatchcase(name, pattern) for pattern in _AUXILIARY)
-        and name not in skipped
-        and not name.startswith(".")
-        and not any(fnmatchcase(name, pattern) for pattern in _NOT_COPIED)
-    ]
-    for name in names:
-        folder.checked_path(name)
-    return names
-
-
-def check_auxiliary_files(folder: Folder, names: Iterable[str]) -> None:
-    """Check that the files beside the weights are what they are named as.
-
-    Raises:
-        CheckpointError: One is too long, or is named as JSON and is not.
-    """
-    for name in names:
-        content = read_auxiliary_file(folder, name)
-        if name.endswith(".json"):
-            check_json(content, folder.location(name))
-
-
-def read_auxiliary_file(folder: Folder, name: str) -> bytes:
-    """Read a file beside the weights.
-
-    Raises:
-        CheckpointError: It is missing, or too long.
-    """
-    return folder.read(name, limit=MAX_AUXILIARY_BYTES)

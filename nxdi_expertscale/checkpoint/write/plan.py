@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nxdi_expertscale.checkpoint.json_files import MAX_JSON_BYTES, render_json
+from nxdi_expertscale.checkpoint.read.auxiliary import without_auto_map
 from nxdi_expertscale.checkpoint.read.files import MAX_HEADERS_BYTES
 from nxdi_expertscale.checkpoint.read.model import Model
 from nxdi_expertscale.checkpoint.read.scales import SCALE_SUFFIX
@@ -279,7 +280,7 @@ def _output_config(config: Mapping[str, Any], tensors: Sequence[PlannedTensor]) 
         "observer": "minmax",
     }
     return {
-        **config,
+        **without_auto_map(config),
         "quantization_config": {
             "quant_method": "compressed-tensors",
             "format": "float-quantized",
