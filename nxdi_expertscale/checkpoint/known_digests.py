@@ -20,6 +20,7 @@ import filelock
 
 from nxdi_expertscale.checkpoint import digests
 from nxdi_expertscale.checkpoint.user_cache import user_cache
+from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.sources.folder import file_identity
 
 _logger = logging.getLogger("nxdi_expertscale")
@@ -58,10 +59,10 @@ class KnownDigests:
             compute: Gives the digest of a file's content, in hexadecimal.
             now: Gives the time in seconds since the epoch.
         """
-        self._file = user_cache() / FILE if file is None else file
+        self._file = _default_file() if file is None else file
         self._compute = compute
         self._now = now
-        self._known = _read(self._file)
+        self._known = {} if self._file is None else _read(self._file)
         self._new: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -115,7 +116,7 @@ class KnownDigests:
 
         Where the user's cache cannot be written, a warning says that files will be read again.
         """
-        if not self._new:
+        if not self._new or self._file is None:
             return
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +150,15 @@ class KnownDigests:
 def _identity(status: os.stat_result) -> str:
     # The name of the host, because homes are shared between hosts and device numbers are not.
     return f"{platform.node()}:{file_identity(status)}"
+
+
+def _default_file() -> Path | None:
+    """The file in the user's cache; None where there can be none, with a warning."""
+    try:
+        return user_cache() / FILE
+    except ConfigurationError as error:
+        _logger.warning("files of weights are read in full at each start: %s", error)
+        return None
 
 
 def _read(file: Path) -> dict[str, str]:

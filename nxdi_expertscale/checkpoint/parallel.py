@@ -21,7 +21,10 @@ Progress = Callable[[int, int], None]
 
 def available_cores() -> int:
     """Cores that this process may use, as far as they are of use."""
-    return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+    # macOS does not bind processes to cores.
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return min(cores, MAX_WORKERS)
 
 
 def for_each(work: Callable[[Item], None], items: Iterator[Item], workers: int) -> None:

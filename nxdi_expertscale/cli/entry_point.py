@@ -26,8 +26,8 @@ from nxdi_expertscale.errors import ExpertScaleError, one_line
 
 _Handler = Callable[[int, FrameType | None], object] | int
 
-_TORCH_HAS_NO_MEMORY = "can't allocate memory"
-"""torch raises a RuntimeError with this in its message (``c10/core/impl/alloc_cpu.cpp``)."""
+_OUT_OF_RESOURCES = ("can't allocate memory", "can't start new thread")
+"""In the messages of a RuntimeError: torch's (``c10/core/impl/alloc_cpu.cpp``), and Python's."""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -94,7 +94,7 @@ def _explain(error: BaseException, invocation: Invocation) -> ExitStatus:
             return ExitStatus.BAD_REQUEST
         case MemoryError():
             return _explain_lack_of_memory()
-        case RuntimeError() if _TORCH_HAS_NO_MEMORY in str(error):
+        case RuntimeError() if any(text in str(error) for text in _OUT_OF_RESOURCES):
             return _explain_lack_of_memory()
     print_message(
         f"unexpected {one_line(error)}; this is a defect of {PROGRAM}: please report it, with "
@@ -105,7 +105,7 @@ def _explain(error: BaseException, invocation: Invocation) -> ExitStatus:
 
 def _explain_lack_of_memory() -> ExitStatus:
     print_message(
-        "out of memory; run it where more is free, or with fewer threads where the command takes "
+        "out of memory; run it where more is free, or with fewer threads if the command has "
         "--workers"
     )
     return ExitStatus.BAD_REQUEST

@@ -54,11 +54,14 @@ def draw_heat_map(result: Inspection, file: Path) -> None:
         file: The file to write, one that :func:`check_file` let pass.
 
     Raises:
+        ConfigurationError: There are no experts.
         OSError: The file cannot be written.
     """
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
+    if not result.layers:
+        raise ConfigurationError(f"--plot: {result.folder} has no experts to draw")
     names = [str(layer.layer) for layer in result.layers]
     ratios = [layer.experts for layer in result.layers]
     # Symmetric about 1, and never so narrow that differences of a percent look like much.

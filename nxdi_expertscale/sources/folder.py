@@ -34,8 +34,18 @@ class Folder:
         return str(self.path / name)
 
     def names(self) -> list[str]:
-        """The names of everything in the folder, sorted."""
-        return sorted(path.name for path in self.path.iterdir())
+        """The names of everything in the folder, sorted.
+
+        Raises:
+            CheckpointError: One is not UTF-8, so neither a manifest nor an index can hold it.
+        """
+        names = sorted(path.name for path in self.path.iterdir())
+        for name in names:
+            if not _is_utf8(name):
+                raise CheckpointError(
+                    f"{self.location(name)}: has a name that is not UTF-8; rename or remove it"
+                )
+        return names
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name."""
@@ -157,7 +167,7 @@ class OpenFiles:
         """
         while buffer:
             try:
-                count = os.preadv(self._descriptors[name], [buffer], offset)
+                count = _read_at(self._descriptors[name], buffer, offset)
             except OSError as error:
                 # The system does not name the file.
                 raise CheckpointError(
@@ -186,6 +196,16 @@ class OpenFiles:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Read bytes of a file into a buffer; how many were read, 0 at the file's end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    # macOS has it from release 11 on. This copies the bytes once more.
+    data = os.pread(descriptor, len(buffer), offset)
+    buffer[: len(data)] = data
+    return len(data)
 
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
@@ -218,6 +238,15 @@ def file_identity(status: os.stat_result) -> str:
         status.st_ctime_ns,
     )
     return ":".join(map(str, parts))
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a name can be written as UTF-8: the system's bytes need not be."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_file_name(name: str) -> bool:

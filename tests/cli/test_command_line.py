@@ -111,6 +111,7 @@ class PanicException(BaseException):
         (SystemExit(5), 70, "unexpected SystemExit: 5"),
         (MemoryError(), 2, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you…"), 2, "out of memory"),
+        (RuntimeError("can't start new thread"), 2, "out of memory"),
         (CheckpointError("a\x1b[2Jb\nc"), 2, r"a\x1b[2Jb\nc"),
         (CheckpointError("x" * 10**7 + "; download it"), 2, "x; download it"),
         (

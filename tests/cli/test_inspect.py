@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from nxdi_expertscale.checkpoint import quantize_checkpoint
+from nxdi_expertscale.checkpoint import inspect_checkpoint, quantize_checkpoint
+from nxdi_expertscale.cli import plots
 from nxdi_expertscale.cli.commands import cli
 from tests.harness import checkpoints
 
@@ -64,3 +67,28 @@ def test_folder_that_is_no_checkpoint_is_refused(command: str, tmp_path: Path) -
 
     assert result.exit_code != 0
     assert str(tmp_path) in str(result.exception)
+
+
+@pytest.mark.parametrize("name", ["$x_{$", "a\nb\x1b[2J", "x" * 200])
+def test_picture_of_a_folder_with_any_name(
+    name: str, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders[0], tmp_path / name)
+    file = tmp_path / "map.svg"
+
+    result = CliRunner().invoke(cli, ["inspect", str(folder), "--plot", str(file)])
+
+    assert result.exit_code == 0
+    assert file.read_bytes().startswith(b"<?xml")
+    assert "\x1b" not in result.stdout
+
+
+def test_picture_of_more_layers_than_any_model_has(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    found = inspect_checkpoint(folders[0])
+    layers = tuple(dataclasses.replace(found.layers[0], layer=n) for n in range(20_000))
+
+    plots.draw_heat_map(dataclasses.replace(found, layers=layers), tmp_path / "map.png")
+
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")

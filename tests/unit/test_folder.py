@@ -68,3 +68,18 @@ def test_no_file_stays_open(folder: Folder) -> None:
         folder.open(["a", "b", "c"])
 
     assert open_descriptors() == before
+
+
+def test_open_files_fill_buffers_without_preadv(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "preadv")
+
+    test_open_files_fill_buffers(folder)
+
+
+def test_a_name_that_is_not_utf8_is_refused(folder: Folder) -> None:
+    (folder.path / os.fsdecode(b"tokenizer\xff.json")).touch()
+
+    with pytest.raises(CheckpointError, match="has a name that is not UTF-8; rename or remove it"):
+        folder.names()

@@ -156,3 +156,19 @@ def test_the_memory_does_not_grow_without_end(tmp_path: Path, shard: Path) -> No
 
     assert '"0": "x"' not in file.read_text()
     assert digests.digest_file(shard) in file.read_text()
+
+
+def test_user_without_a_home_folder_is_warned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    (tmp_path / "file").write_bytes(b"content")
+
+    with KnownDigests() as known:
+        known.digest(tmp_path / "file")
+
+    assert "set XDG_CACHE_HOME to a folder" in caplog.text
