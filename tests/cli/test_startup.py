@@ -55,6 +55,16 @@ def test_empty_value_imports_nothing_at_start(installed: Environment) -> None:
     assert installed.prints(IMPORTED, NXDI_PLUGINS="") == "[]"
 
 
+@pytest.mark.parametrize(("option", "read"), [("-I", True), ("-E", True), ("-S", False)])
+def test_options_of_the_interpreter(installed: Environment, option: str, read: bool) -> None:
+    """``-I`` and ``-E`` leave out Python's own variables; ``-S`` leaves out path files."""
+    code = "import sys; print('nxdi_expertscale' in sys.modules)"
+
+    result = installed.run(option, "-c", code, NXDI_PLUGINS="expertscale")
+
+    assert (result.stdout, result.stderr) == (f"{read}\n", "")
+
+
 def test_unknown_name_is_one_line_and_the_interpreter_goes_on(installed: Environment) -> None:
     code = "import nxdi_expertscale; nxdi_expertscale.activate(); print('goes on')"
 
