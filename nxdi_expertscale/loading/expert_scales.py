@@ -50,8 +50,11 @@ class FusedSample:
         first = weights[0][0]
         out, num_inputs = first.shape
         count = min(COMPARED_INPUTS, num_inputs)
-        values = torch.empty(len(weights), len(weights[0]), count, out, dtype=first.dtype)
+        shape = (len(weights), len(weights[0]), count, out)
+        values = torch.empty(shape, dtype=first.dtype, device=first.device)
         sample = cls(num_inputs, values)
+        if values.is_meta:
+            return sample
         starts = sample._starts().tolist()
         for parts, places, start in zip(weights, values, starts, strict=True):
             for weight, place in zip(parts, places, strict=True):
@@ -68,6 +71,8 @@ class FusedSample:
             or fused.shape[2] % parts
         ):
             return False
+        if self.values.is_meta:
+            return True
         experts = torch.arange(num_experts)[:, None]
         inputs = self._starts()[:, None] + torch.arange(count)
         rows = fused.view(torch.uint8)[experts, inputs]

@@ -18,6 +18,8 @@ _logger = logging.getLogger("nxdi_expertscale")
 def report_experts(layers: Sequence[LayerScales], folder: str | None, *, expert_wise: bool) -> None:
     """Log how many experts have which scales, and from which folder.
 
+    Nothing is logged of tensors without values, which are only checked.
+
     Args:
         layers: The layers whose experts are quantized.
         folder: The FP8 checkpoint, NxDI's ``quantized_checkpoints_path``, if it names one.
@@ -26,7 +28,10 @@ def report_experts(layers: Sequence[LayerScales], folder: str | None, *, expert_
     """
     if not layers or folder is None:
         return
-    experts = next(iter(layers[0].fused.values())).shape[0]
+    scale = next(iter(layers[0].fused.values()))
+    if scale.is_meta:
+        return
+    experts = scale.shape[0]
     _logger.info(
         "loaded %d layers of %d FP8 experts with %s, from %s (%s)",
         len(layers),

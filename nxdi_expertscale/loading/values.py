@@ -28,7 +28,8 @@ def check_values(
     """Check all FP8 weights, and all scales of quantized weights, whatever module they are of.
 
     Args:
-        state_dict: A checkpoint's tensors as NxDI's converter takes them.
+        state_dict: A checkpoint's tensors as NxDI's converter takes them. Those on the device
+            ``meta`` have no values to check.
         known: Names of the tensors that are known to be right.
         workers: Threads that look at weights; by default as many as there are cores.
         chunk_bytes: Weights that a thread takes at a time.
@@ -45,7 +46,7 @@ def check_values(
     names = [
         name
         for name, tensor in state_dict.items()
-        if tensor.dtype == torch.float8_e4m3fn and name not in known
+        if tensor.dtype == torch.float8_e4m3fn and name not in known and not tensor.is_meta
     ]
     chunks = list(_chunks(state_dict, names, chunk_bytes))
     beyond = _find_beyond_range(state_dict, chunks, workers or available_cores())

@@ -43,9 +43,9 @@ def are_valid(scales: torch.Tensor) -> bool:
     """Whether all of some scales are finite and positive.
 
     Args:
-        scales: Of any shape, ``torch.float32``.
+        scales: Of any shape, ``torch.float32``. On the device ``meta`` none is invalid.
     """
-    if scales.numel() == 0:
+    if scales.numel() == 0 or scales.is_meta:
         return True
     # NaN goes into both extremes, and compares as false.
     smallest, largest = torch.aminmax(scales)

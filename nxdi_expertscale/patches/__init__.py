@@ -13,13 +13,16 @@ from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.patch import Patch
 from nxdi_expertscale.patches import (
     application_base,
+    checkpoint_loader,
     config,
     config_json,
     decoder_model_instance,
     inference_demo,
+    model_builder,
     model_wrapper,
     neuronx_distributed_model_loader,
     state_dict,
+    trace,
 )
 from nxdi_expertscale.plugins.hookspecs import hookimpl
 
@@ -40,6 +43,9 @@ def nxdi_patches(families: Sequence[MoEFamily]) -> Iterable[Patch]:
         *decoder_model_instance.patches(families),
         *state_dict.patches(families),
         *application_base.patches(families),
+        *checkpoint_loader.patches(),
+        *trace.patches(),
+        *model_builder.patches(),
         *inference_demo.patches(),
         *neuronx_distributed_model_loader.patches(),
     ]

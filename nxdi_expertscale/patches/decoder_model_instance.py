@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.patch import Patch
@@ -12,7 +13,7 @@ from nxdi_expertscale.settings.settings import read_settings
 
 
 def patches(families: Sequence[MoEFamily]) -> list[Patch]:
-    """The checks around ``load_module``."""
+    """The checks around ``load_module``, and the states that ``get`` tells NxD of."""
     return [
         Patch(
             seam=seams.LOAD_MODULE,
@@ -20,7 +21,13 @@ def patches(families: Sequence[MoEFamily]) -> list[Patch]:
             attribute="DecoderModelInstance.load_module",
             wrapper=_loading(families),
             is_native=model_wrapper.is_native,
-        )
+        ),
+        Patch(
+            seam=seams.ALIASES,
+            module=model_wrapper.MODULE,
+            attribute="DecoderModelInstance.get",
+            wrapper=_remember_states,
+        ),
     ]
 
 
@@ -31,14 +38,34 @@ def _loading(families: Sequence[MoEFamily]) -> Callable[..., Any]:
         # Once more: a config may have been changed since it was made.
         installed_release.checked_settings(instance.config, families)
         result = wrapped(*args, **kwargs)
-        loaded = getattr(instance, "module", None)
-        # The model that was loaded, or the draft and the target of fused speculation.
-        pair = [getattr(loaded, name, None) for name in ("draft_model", "target_model")]
-        for model in [model for model in pair if model is not None] or [loaded]:
+        for model in models_in(getattr(instance, "module", None)):
             _check_loaded(model, families)
         return result
 
     return load_module
+
+
+def models_in(module: Any) -> list[Any]:
+    """The model itself, or the draft and the target of fused speculation."""
+    pair = [getattr(module, name, None) for name in ("draft_model", "target_model")]
+    return [model for model in pair if model is not None] or [module]
+
+
+_aliases: WeakKeyDictionary[Any, Mapping[Any, int]] = WeakKeyDictionary()
+
+
+def _remember_states(
+    wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    module, aliases = wrapped(*args, **kwargs)
+    # The dictionary itself, to which the method of a subclass adds.
+    _aliases[module] = aliases
+    return module, aliases
+
+
+def states_of(module: Any) -> Collection[Any]:
+    """The parameters that a model writes itself, as far as ``get`` has told NxD (its aliases)."""
+    return tuple(_aliases.get(module, ()))
 
 
 def _check_loaded(model: Any, families: Sequence[MoEFamily]) -> None:

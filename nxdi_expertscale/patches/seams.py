@@ -21,6 +21,10 @@ CONFIG_TO_JSON = "config_to_json"
 CONFIG_FROM_JSON = "config_from_json"
 QUANTIZATION = "quantization"
 LOAD_MODULE = "load_module"
+ALIASES = "aliases"
+PRESHARD = "preshard"
+COMPILATION = "compilation"
+LOAD_STATE_DICT = "load_state_dict"
 SAVE_QUANTIZED = "save_quantized"
 LOAD_COMPILED = "load_compiled"
 COMPILED_ARTIFACTS = "compiled_artifacts"
@@ -38,8 +42,9 @@ def needed_by_config() -> tuple[str, ...]:
 
     Not among them: ``save_quantized``, without which NxDI makes the checkpoint itself, one that
     loads as well; ``inference_demo``, which is one way to set the flag; those where a compiled
-    model is loaded, which is often one that was compiled before; and ``tied_embeddings``, without
-    which NxDI fails.
+    model is loaded, which is often one that was compiled before; ``tied_embeddings``, without which
+    NxDI fails; ``compilation`` and ``load_state_dict``, without which weights are checked after the
+    compilation only; and ``aliases``, without which a model's own states are taken for weights.
     """
     return (
         CONFIG,
@@ -48,6 +53,7 @@ def needed_by_config() -> tuple[str, ...]:
         CONFIG_FROM_JSON,
         QUANTIZATION,
         LOAD_MODULE,
+        PRESHARD,
     )
 
 

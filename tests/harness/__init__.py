@@ -3,6 +3,7 @@
 - :mod:`~tests.harness.targets`: what NxDI there is (the double, releases); makes one importable.
 - :mod:`~tests.harness.standins`: stand-ins for Neuron's closed packages.
 - :mod:`~tests.harness.running`: a model's way through NxDI; imports it, so a target comes first.
+- :mod:`~tests.harness.compiling`: the same through NxD's ``ModelBuilder``, as on a device.
 - :mod:`~tests.harness.ranks`, :mod:`~tests.harness.expert_groups`: NxD's parallel state, on gloo.
 - :mod:`~tests.harness.processes`: functions in a process of their own for each rank.
 - :mod:`~tests.harness.models`: small Hugging Face models, on disk.

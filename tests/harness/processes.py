@@ -54,3 +54,25 @@ def _run_as_rank(
 
     with parallel_state(rank, ranks, store):
         return function(rank, *arguments)
+
+
+def run_alone(
+    target: targets.Target,
+    prepare: Callable[[Path], None],
+    folder: Path,
+    function: Callable[..., Result],
+    *arguments: Any,
+) -> Result:
+    """Call a function in a fresh process, without a parallel state.
+
+    Args:
+        target: What can be imported there.
+        prepare: Called first, with the folder, before anything of NxDI is imported.
+        folder: A folder for what upstream writes.
+        function: A function of a module; what it returns has to be picklable.
+        arguments: What it is called with.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=target.prepare) as pool:
+        pool.submit(prepare, folder).result(_SECONDS)
+        return pool.submit(function, *arguments).result(_SECONDS)

@@ -15,12 +15,10 @@ from typing import Any
 
 import torch
 from neuronx_distributed.trace.trace import get_sharded_checkpoint
-from neuronx_distributed_inference.models.application_base import init_custom_process_group_fn
 from neuronx_distributed_inference.models.config import MoENeuronConfig
-from neuronx_distributed_inference.models.model_wrapper import DecoderModelInstance
 from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
 
-from tests.harness import models
+from tests.harness import compiling, models
 
 FP8: dict[str, Any] = {
     "quantized": True,
@@ -43,7 +41,7 @@ _APPLICATIONS = {
 _FEED_FORWARD = ("mlp", "block_sparse_moe", "feed_forward")
 """Names of a layer's feed-forward part, in Hugging Face's models and in NxDI's."""
 
-_OTHER_MODELS = ("vision_model.", "multi_modal_projector.")
+OTHER_MODELS = ("vision_model.", "multi_modal_projector.")
 """What a checkpoint holds beside the language model."""
 
 _NOT_IN_CHECKPOINTS = (
@@ -140,7 +138,7 @@ class LoadedModel:
     def moe_output(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Output of a layer's MoE block for an input ``[1, tokens, hidden]``."""
         with torch.no_grad():
-            output: torch.Tensor = _feed_forward(self.module.layers[layer])(hidden_states)[0]
+            output: torch.Tensor = feed_forward(self.module.layers[layer])(hidden_states)[0]
         return output.view_as(hidden_states)
 
 
@@ -175,26 +173,24 @@ def load(checkpoint: Path, *, rank: int = 0, **settings: Any) -> LoadedModel:
 
 def load_application(application: Any, *, rank: int = 0) -> LoadedModel:
     """Convert, build, shard and load what an application holds; see :func:`load`."""
-    init_custom_process_group_fn(application.config)
-    graph = application.models[0]
-    instance = DecoderModelInstance(model_cls=graph.model_cls, config=graph.config)
-    instance.load_module()
+    instance = compiling.first_instance(application)
     state_dict = application.checkpoint_loader_fn()
     _load_weights(instance.module, state_dict, rank, application.neuron_config.tp_degree)
     return LoadedModel(instance.module)
 
 
 def _load_weights(module: Any, state_dict: dict[str, torch.Tensor], rank: int, ranks: int) -> None:
-    shard = {name: t for name, t in state_dict.items() if not name.startswith(_OTHER_MODELS)}
+    shard = {name: t for name, t in state_dict.items() if not name.startswith(OTHER_MODELS)}
     get_sharded_checkpoint(shard, module, rank, ranks)
     result = module.load_state_dict(shard, strict=False)
-    missing = [
-        name
-        for name in result.missing_keys
-        if not any(part in name for part in _NOT_IN_CHECKPOINTS)
-    ]
+    missing = [name for name in result.missing_keys if not is_state(name)]
     if missing or result.unexpected_keys:
         raise AssertionError(f"missing: {missing}, unexpected: {result.unexpected_keys}")
+
+
+def is_state(name: str) -> bool:
+    """Whether a parameter of NxDI's module has no tensor of its own in a checkpoint."""
+    return any(part in name for part in _NOT_IN_CHECKPOINTS)
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -221,7 +217,8 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
-def _feed_forward(layer: Any) -> Any:
+def feed_forward(layer: Any) -> Any:
+    """The feed-forward part of a layer, of NxDI's or of Hugging Face's."""
     return next(getattr(layer, name) for name in _FEED_FORWARD if hasattr(layer, name))
 
 
@@ -235,14 +232,14 @@ def moe_errors(checkpoint: Path, loaded: LoadedModel) -> list[float]:
     reference = models.load(checkpoint)
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for number, layer in enumerate(reference.model.layers):
-        feed_forward = _feed_forward(layer)
-        if not hasattr(feed_forward, "experts"):
+        block = feed_forward(layer)
+        if not hasattr(block, "experts"):
             continue
 
         def keep(_: Any, inputs: Any, outputs: Any, number: int = number) -> None:
             seen[number] = (inputs[0], outputs[0].view_as(inputs[0]))
 
-        feed_forward.register_forward_hook(keep)
+        block.register_forward_hook(keep)
     with torch.no_grad():
         reference(models.prompt())
     return [

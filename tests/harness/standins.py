@@ -25,6 +25,9 @@ OPTIONAL_PACKAGES = ("torchvision",)
 
 PLATFORM = "trn2"
 
+VERSION = "2.0"
+"""Of every closed package; NxD 0.14 builds models with no other torch_neuronx than 2."""
+
 
 class _Enumeration:
     """An enumeration whose members, and what it makes of values, are plain strings.
@@ -68,6 +71,7 @@ class _StandInModule(types.ModuleType):
     """A package in which every name exists."""
 
     __path__: Sequence[str] = ()
+    __version__ = VERSION
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -143,3 +143,7 @@ def test_error_of_the_average_is_weighed_by_energy() -> None:
     assert scales.error_of_average(values, energy) == pytest.approx(expected)
     assert scales.error_of_average(values, torch.zeros(2, 1, 2)) == 0.0
     assert scales.error_of_average(values, energy * 1e-30) == pytest.approx(expected)
+
+
+def test_scales_without_values_are_not_invalid() -> None:
+    assert scales.are_valid(torch.empty(2, 1, 4, device="meta"))

@@ -40,6 +40,9 @@ CONFIG = f"{NXDI}.models.config"
 WRAPPER = f"{NXDI}.models.model_wrapper"
 QUANTIZATION_CONFIG = f"{NXD}.quantization.quantization_config"
 BLOCKWISE = f"{NXD}.modules.moe.blockwise"
+TRACE = f"{NXD}.trace.trace"
+MODEL_BUILDER = f"{NXD}.trace.model_builder"
+PARALLEL_STATE = f"{NXD}.parallel_layers.parallel_state"
 EXPERT_LAYERS = f"{NXD}.modules.moe.moe_parallel_layers"
 
 ENTRANCES = {
@@ -54,6 +57,10 @@ CALLED = (
     f"{QUANTIZATION_CONFIG}:get_default_expert_wise_per_channel_custom_qconfig_dict",
     f"{BLOCKWISE}:KernelConfig",
     f"{BLOCKWISE}:check_kernel_availability",
+    f"{TRACE}:preprocess_checkpoint",
+    f"{MODEL_BUILDER}:ModelBuilder.shard_checkpoint",
+    f"{PARALLEL_STATE}:destroy_model_parallel",
+    f"{PARALLEL_STATE}:model_parallel_is_initialized",
 )
 """What is called, or looked at, beside the functions that are patched."""
 
@@ -71,6 +78,13 @@ NAMED = {
     f"{NXDI}.inference_demo:setup_run_parser": (FLAG, "--expert-wise-scale"),
     f"{CONFIG}:MoENeuronConfig.__init__": (FLAG,),
     f"{WRAPPER}:DecoderModelInstance.load_module": (FLAG, "convert"),
+    f"{NXDI}.models.application_base:NeuronApplicationBase.get_state_dict": ("load_state_dict",),
+    f"{TRACE}:preprocess_checkpoint": ("invoke_preshard_hook",),
+    f"{MODEL_BUILDER}:ModelBuilder.shard_checkpoint": (
+        "checkpoint_loader",
+        "model_collection",
+        "preprocess_checkpoint",
+    ),
 }
 """Names that the patches look for in a function's code."""
 
@@ -250,6 +264,7 @@ def _as_json(value: Any) -> Any:
 def _record_as_rank(_rank: int) -> dict[str, Any]:
     from tests.harness import running
 
+    nxdi_expertscale.deactivate()
     return record(running)
 
 
@@ -259,7 +274,6 @@ def main() -> int:
     if not releases:
         print(f"{targets.UPSTREAM_VARIABLE} names no release", file=sys.stderr)
         return 2
-    nxdi_expertscale.deactivate()
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for release in releases:

@@ -104,12 +104,13 @@ def test_scale_of_another_shape_is_refused(
     nxdi: Any, moe: Path, tmp_path: Path, shape: tuple[int, int]
 ) -> None:
     from neuronx_distributed.trace.trace import get_sharded_checkpoint
+    from neuronx_distributed_inference.models.model_wrapper import DecoderModelInstance
 
     but_experts = ["self_attn", "lm_head", nxdi.ROUTER]
     settings = nxdi.quantize(moe, tmp_path / "fp8", not_converted=but_experts)
     settings["quantization_type"] = EXPERT_WISE
     config = nxdi.inference_config(moe, **settings)
-    instance = nxdi.DecoderModelInstance(nxdi.application_cls(moe)._model_cls, config)
+    instance = DecoderModelInstance(nxdi.application_cls(moe)._model_cls, config)
     instance.load_module()
     state_dict = nxdi.convert(moe, **settings)
     experts = "layers.0.mlp.expert_mlps.mlp_op"

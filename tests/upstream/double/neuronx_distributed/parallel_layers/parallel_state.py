@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-_groups: dict[str, dist.ProcessGroup] = {}
+_groups: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class MockedGroup:
+    """A group that nothing is sent through."""
+
+    ranks: int
+
+    def size(self) -> int:
+        return self.ranks
+
+    def rank(self) -> int:
+        return 0
+
+
+@contextmanager
+def mocked_ranks(ranks: int) -> Iterator[None]:
+    """Be the first of some ranks, to build modules; none is left afterwards."""
+    _groups.update(tensor=MockedGroup(ranks), expert=MockedGroup(1))
+    yield
+    _groups.clear()
 
 
 def initialize_model_parallel(

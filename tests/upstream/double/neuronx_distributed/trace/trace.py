@@ -6,6 +6,13 @@ import torch
 from torch import nn
 
 
+def preprocess_checkpoint(model: nn.Module, checkpoint: dict[str, torch.Tensor]) -> None:
+    """Give each tensor the name of the parameter that takes it; drop what the model has not."""
+    invoke_preshard_hook(model, checkpoint, "")
+    for name in checkpoint.keys() - model.state_dict().keys():
+        del checkpoint[name]
+
+
 def get_sharded_checkpoint(
     checkpoint: dict[str, torch.Tensor],
     model: nn.Module,
@@ -13,24 +20,37 @@ def get_sharded_checkpoint(
     tp_degree: int,
     is_cached: bool = False,
 ) -> None:
-    """Cut each tensor as the model's parameters say, in place; drop what the model has not."""
+    """Cut each tensor as the model's parameters say, in place."""
     if not is_cached:
-        _run_hooks(model, checkpoint, "")
-        for name in checkpoint.keys() - model.state_dict().keys():
-            del checkpoint[name]
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        for name, parameter in module.named_parameters(recurse=False):
-            if hasattr(parameter, "tensor_model_parallel"):
-                _cut(checkpoint, prefix, name, parameter, rank)
+        preprocess_checkpoint(model, checkpoint)
+    shard_children(model, checkpoint, "", None, rank, tp_degree)
 
 
-def _run_hooks(module: nn.Module, checkpoint: dict[str, torch.Tensor], prefix: str) -> None:
+def invoke_preshard_hook(
+    module: nn.Module | None, checkpoint: dict[str, torch.Tensor], prefix: str
+) -> None:
+    if module is None:
+        return
     if hasattr(module, "preshard_hook"):
         module.preshard_hook(checkpoint, prefix + "weight")
         return
-    for name, child in module.named_children():
-        _run_hooks(child, checkpoint, f"{prefix}{name}.")
+    for name, child in module._modules.items():
+        invoke_preshard_hook(child, checkpoint, f"{prefix}{name}.")
+
+
+def shard_children(
+    module: nn.Module,
+    checkpoint: dict[str, torch.Tensor],
+    prefix: str,
+    dtype: torch.dtype | None,
+    rank: int,
+    tp_degree: int,
+) -> None:
+    for path, child in module.named_modules():
+        child_prefix = f"{prefix}{path}." if path else prefix
+        for name, parameter in child.named_parameters(recurse=False):
+            if hasattr(parameter, "tensor_model_parallel"):
+                _cut(checkpoint, child_prefix, name, parameter, rank)
 
 
 def _cut(

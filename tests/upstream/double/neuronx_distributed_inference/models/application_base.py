@@ -10,6 +10,7 @@ from neuronx_distributed.quantization.quantization_config import QuantizationTyp
 from neuronx_distributed.quantization.quantization_utils import (
     quantize_pytorch_model_per_channel_symmetric,
 )
+from neuronx_distributed.trace.model_builder import ModelBuilder
 
 from neuronx_distributed_inference.models.config import InferenceConfig, NeuronConfig
 from neuronx_distributed_inference.modules.checkpoint import (
@@ -43,6 +44,14 @@ class NeuronApplicationBase(torch.nn.Module):
         self.fused_spec_config = config.fused_spec_config
         self.model_path = model_path
         self.models: list[Any] = []
+        self._builder: ModelBuilder | None = None
+
+    def get_builder(self) -> ModelBuilder:
+        if self._builder is None:
+            self._builder = ModelBuilder(self.checkpoint_loader_fn, self.neuron_config.tp_degree)
+            for model in self.models:
+                self._builder.add(model.tag, model.get_model_instance())
+        return self._builder
 
     @classmethod
     def validate_config(cls, config: InferenceConfig) -> None:

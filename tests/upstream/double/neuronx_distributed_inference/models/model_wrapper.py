@@ -59,6 +59,7 @@ class DecoderModelInstance:
     def __init__(self, model_cls: Any, config: InferenceConfig, **kwargs: Any) -> None:
         self.model_cls = model_cls
         self.module: Any = None
+        self.input_output_aliases: dict[torch.nn.Parameter, int] = {}
         self.config = config
         self.neuron_config = config.neuron_config
         self.kwargs = kwargs
@@ -85,6 +86,17 @@ class DecoderModelInstance:
                     modules_to_not_convert=get_modules_to_not_convert(model.config.neuron_config),
                 )
         self.module = float_model
+
+    def get(
+        self, bucket_rank: int | None, **kwargs: Any
+    ) -> tuple[Any, dict[torch.nn.Parameter, int]]:
+        """The model, and which outputs of its graph are written to which of its parameters."""
+        models = [self.module]
+        if self.neuron_config.enable_fused_speculation:
+            models = [self.module.draft_model, self.module.target_model]
+        states = [state for model in models for state in model.kv_mgr.past_key_values]
+        self.input_output_aliases = {state: 1 + place for place, state in enumerate(states)}
+        return self.module, self.input_output_aliases
 
 
 class EncoderModelInstance:
