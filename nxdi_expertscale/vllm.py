@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from nxdi_expertscale.activation import activate as _activate
+from nxdi_expertscale import activation
 
 _logger = logging.getLogger("nxdi_expertscale")
 
@@ -16,7 +16,7 @@ def activate() -> None:
     """
     _log_as_vllm_does()
     try:
-        _activate()
+        activation.activate()
     except Exception:
         _logger.exception("activation failed; expert_wise_scale is not available")
 

@@ -18,6 +18,7 @@ from nxdi_expertscale import checkpoint
 from nxdi_expertscale.cli import main
 from nxdi_expertscale.errors import CheckpointError
 from tests.harness import checkpoints
+from tests.harness.limits import PATIENCE
 
 PROGRAM = [sys.executable, "-m", "nxdi_expertscale"]
 
@@ -254,7 +255,7 @@ def test_a_terminal_that_is_closed_does_not_end_the_work(tmp_path: Path) -> None
     assert os.read(terminal, 1)  # the bar is there, and its next write fails
     os.close(terminal)
 
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=PATIENCE)
 
     assert process.returncode == 0
     assert json.loads(out)["destination"] == str(tmp_path / "dst")

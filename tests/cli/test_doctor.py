@@ -15,6 +15,7 @@ import pytest
 
 from tests.harness import targets
 from tests.harness.installed import Environment
+from tests.harness.limits import PATIENCE
 
 
 def diagnosis(
@@ -235,7 +236,7 @@ def test_interrupt_ends_the_process_that_imports_nxdi(
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
 
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
 
     assert (process.returncode, err) == (130, "nxdi-expertscale: interrupted\n")
     with pytest.raises(ProcessLookupError):

@@ -77,12 +77,12 @@ activation.registry.reload = fail
 def test_entry_point_never_raises(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from nxdi_expertscale import vllm
+    from nxdi_expertscale import activation, vllm
 
     def fail() -> None:
         raise RuntimeError("broken installation")
 
-    monkeypatch.setattr(vllm, "_activate", fail)
+    monkeypatch.setattr(activation, "activate", fail)
 
     vllm.activate()
 

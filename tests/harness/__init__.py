@@ -9,5 +9,6 @@
 - :mod:`~tests.harness.models`: small Hugging Face models, on disk.
 - :mod:`~tests.harness.checkpoints`: tiny checkpoints in every form that ``quantize`` reads.
 - :mod:`~tests.harness.installed`: the wheel, and environments that it is installed in.
+- :mod:`~tests.harness.limits`: how long a test waits for what should come.
 - :mod:`~tests.harness.readme`: the blocks of the README that users copy.
 """

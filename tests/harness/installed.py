@@ -9,6 +9,8 @@ import venv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests.harness.limits import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 TARGET_VARIABLE = "NXDI_EXPERTSCALE_INSTALLED_TARGET"
 """Names the NxDI that can be imported in an environment's process; unset, there is none."""
@@ -114,7 +116,7 @@ def run(
         env={**inherited, **(variables or {})},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert not check or result.returncode == 0, result.stdout + result.stderr

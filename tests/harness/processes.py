@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tests.harness import targets
+from tests.harness.limits import PATIENCE
 
 Result = TypeVar("Result")
-
-_SECONDS = 300
-"""After which a process is given up."""
 
 
 def run_on_ranks(
@@ -42,7 +40,7 @@ def run_on_ranks(
             for rank in range(ranks)
         ]
         # The first to fail is the cause; the others then fail because a rank is gone.
-        for call in as_completed(calls, _SECONDS):
+        for call in as_completed(calls, PATIENCE):
             call.result()
         return [call.result() for call in calls]
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.limits import PATIENCE
+
 Run = Callable[..., list[str]]
 
 CONFIG = """
@@ -56,7 +58,7 @@ def run(tmp_path: Path) -> Run:
             capture_output=True,
             check=False,
             text=True,
-            timeout=240,
+            timeout=PATIENCE,
         )
         assert done.returncode == 0, done.stderr
         return sorted(done.stdout.split())
@@ -101,7 +103,7 @@ def test_fork_while_other_threads_activate_does_not_hang_the_child(run: Run) -> 
         for _ in range(20):
             child = os.fork()
             if child == 0:
-                signal.alarm(200)  # for a child that hangs, not for one that is slow
+                signal.alarm(300)  # for a child that hangs, not for one that is slow
                 nxdi_expertscale.activate()
                 nxdi_expertscale.status()
                 nxdi_expertscale.deactivate()

@@ -15,6 +15,7 @@ from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
 from nxdi_expertscale.checkpoint.write.staging import Staging
 from nxdi_expertscale.families.built_in import QWEN3_MOE
 from tests.harness import checkpoints
+from tests.harness.limits import PATIENCE
 
 
 @pytest.fixture
@@ -69,9 +70,9 @@ def test_a_folder_that_another_process_makes_is_waited_for(
     try:
         with Staging(folder):
             second.start()
-            assert waiting.wait(60)
+            assert waiting.wait(PATIENCE)
             assert not (folder / MANIFEST).exists()
-        second.join(60)
+        second.join(PATIENCE)
     finally:
         logging.getLogger("nxdi_expertscale").removeHandler(notice)
 

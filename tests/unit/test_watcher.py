@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from nxdi_expertscale.hooking.watcher import ImportWatcher
+from tests.harness.limits import PATIENCE
 
 PROGRAM = """
 import json, sys
@@ -78,7 +79,7 @@ def run(tmp_path: Path) -> Run:
             capture_output=True,
             text=True,
             check=False,
-            timeout=240,
+            timeout=PATIENCE,
         )
 
     return run

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.harness import models, targets
+from tests.harness.limits import PATIENCE
 from tests.upstream.mutations import Mutation
-
-_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Mutants:
         store = self._work / f"store-{self._runs}"
         with ProcessPoolExecutor(1, self._context, initializer=self._target.prepare) as pool:
             call = pool.submit(_run, mutation, scenarios, active, self._settings, self._moe, store)
-            return call.result(_SECONDS)
+            return call.result(PATIENCE)
 
 
 def _run(
