@@ -11,7 +11,9 @@ from nxdi_expertscale.checkpoint.finished import check_finished, is_finished
 from nxdi_expertscale.checkpoint.origin import remembered_mismatch
 from nxdi_expertscale.checkpoint.quantize import quantize_checkpoint
 from nxdi_expertscale.checkpoint.read.files import INDEX, SINGLE_FILE
-from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
+from nxdi_expertscale.checkpoint.read.model import open_model
+from nxdi_expertscale.checkpoint.write.plan import excluded_modules
+from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError, ConfigurationError
 from nxdi_expertscale.families.declaration import MoEFamily
 
 QUANTIZED_DTYPE = "f8e4m3"
@@ -106,6 +108,8 @@ def provide_checkpoint(
     Raises:
         CheckpointError: The folder was made from another source or with other settings, or is
             damaged, or the source is malformed.
+        ConfigurationError: An exclusion is a part of no module's name, or of what NxDI fuses, or
+            others are quantized in the folder.
     """
     while not is_provided(source, folder, modules_to_not_convert):
         _logger.info("quantizing %s to %s", source, folder)
@@ -126,6 +130,7 @@ def is_provided(source: Path, folder: Path, modules_to_not_convert: Sequence[str
 
     Raises:
         CheckpointError: It was changed, or made from another source or with other settings.
+        ConfigurationError: Other modules of it are quantized than the exclusions say.
     """
     if not is_finished(folder):
         return False
@@ -138,4 +143,26 @@ def is_provided(source: Path, folder: Path, modules_to_not_convert: Sequence[str
             f"{folder}: {reason} (the source is now {source}); name another "
             "quantized_checkpoints_path, or remove the folder to have it made again"
         )
+    check_exclusions(folder, modules_to_not_convert)
     return True
+
+
+def check_exclusions(folder: Path, modules_to_not_convert: Sequence[str]) -> None:
+    """Check that exclusions name just what is in full precision in a finished folder.
+
+    Raises:
+        ConfigurationError: They do not, and NxDI could not load the folder with them.
+    """
+    finished = open_model(folder)
+    excluded = excluded_modules(finished, modules_to_not_convert)
+    for weight in finished.weights:
+        is_quantized = weight.scale is not None
+        if not weight.is_linear or finished.family.names.is_router_key(weight.name):
+            continue
+        if is_quantized == (weight.module in excluded):
+            found = "quantized" if is_quantized else "in full precision"
+            named = "names it" if is_quantized else "does not name it"
+            raise ConfigurationError(
+                f"{folder}: {weight.module} is {found} there, and modules_to_not_convert {named}; "
+                f"write what 'nxdi-expertscale neuron-config {folder}' prints"
+            )

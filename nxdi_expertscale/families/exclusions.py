@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.families.declaration import MoEFamily
@@ -26,16 +27,54 @@ class PartOfFused:
     """Exclusions of less than what NxDI fuses in one dtype.
 
     Attributes:
-        problem: What they name.
+        problem: What is wrong, with ``{names}`` of the fields.
         remedy: What to write instead.
     """
 
-    problem: str
-    remedy: str
+    problem: ClassVar[str]
+    remedy: ClassVar[str]
 
     def to_error(self) -> ConfigurationError:
         """The error to raise for it."""
-        return ConfigurationError(f"{SETTING}: {self.problem}; {self.remedy}")
+        return ConfigurationError(f"{self.problem}; {self.remedy}".format_map(asdict(self)))
+
+
+@dataclass(frozen=True)
+class PartOfExperts(PartOfFused):
+    """An exclusion of less than a layer's experts.
+
+    Attributes:
+        name: The exclusion, in quotes.
+        experts: The path of all experts of the layer, in quotes.
+    """
+
+    problem = (
+        f"{SETTING}: {{name}} names a part of what NxDI fuses, and it fuses a layer's experts in "
+        "one dtype"
+    )
+    remedy = "name all experts of the layer: {experts}"
+
+    name: str
+    experts: str
+
+
+@dataclass(frozen=True)
+class PartOfAttention(PartOfFused):
+    """Exclusions of some of a layer's queries, keys and values.
+
+    Attributes:
+        kept: Path of one that is excluded.
+        paths: Paths of all.
+    """
+
+    problem = (
+        f"{SETTING} keeps {{kept}} in full precision, and with fused_qkv=True NxDI fuses it with "
+        "others in one dtype"
+    )
+    remedy = "name all of {paths}, or set fused_qkv=False"
+
+    kept: str
+    paths: str
 
 
 def parse_exclusions(value: object) -> tuple[str, ...]:
@@ -169,11 +208,8 @@ class Exclusions:
         decision = self._decide(names)
         if decision.part is None:
             return decision.experts
-        return PartOfFused(
-            f"{self._written[names[decision.part].name]!r} names a part of what NxDI fuses, and it "
-            "fuses a layer's experts in one dtype",
-            f"name all experts of the layer: {self.family.experts.format(layer=layer)!r}",
-        )
+        name = self._written[names[decision.part].name]
+        return PartOfExperts(repr(name), repr(self.family.experts.format(layer=layer)))
 
     def decide_linears(self, place: LinearPlace) -> bool | PartOfFused:
         """Whether linear layers stay as they are, or which of those that NxDI fuses do not."""
@@ -181,12 +217,8 @@ class Exclusions:
         excluded = [one for one in place.linears if one in found]
         if not excluded or len(excluded) == len(place.linears):
             return bool(excluded)
-        paths = [one.checkpoint_path(place.layer) for one in place.linears]
-        return PartOfFused(
-            f"keeps {excluded[0].checkpoint_path(place.layer)} in full precision, and with "
-            "fused_qkv=True NxDI fuses it with others in one dtype",
-            f"name all of {paths}, or set fused_qkv=False",
-        )
+        paths = ", ".join(one.checkpoint_path(place.layer) for one in place.linears)
+        return PartOfAttention(excluded[0].checkpoint_path(place.layer), paths)
 
     def expand(self, num_layers: int) -> tuple[str, ...]:
         """Name what is excluded in both ways; see :func:`expand_exclusions`."""

@@ -14,7 +14,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from nxdi_expertscale.errors import ConfigurationError
-from nxdi_expertscale.families.exclusions import are_experts_excluded, find_part_of_fused, is_name
+from nxdi_expertscale.families.exclusions import (
+    PartOfAttention,
+    PartOfExperts,
+    PartOfFused,
+    are_experts_excluded,
+    find_part_of_fused,
+    is_name,
+)
 from nxdi_expertscale.families.limits import Effect, ReachedLimit
 from nxdi_expertscale.families.unsupported import find_unsupported
 from nxdi_expertscale.settings.expert_parallel import find_short_context, find_unrunnable_call
@@ -142,13 +149,16 @@ def _empty_exclusion(settings: Settings) -> Values | None:
     return {}
 
 
-def _exclusions_of_a_part(settings: Settings) -> Values | None:
-    if settings.family is None or not all(map(is_name, settings.exclusions)):
-        return None
-    part = find_part_of_fused(
-        settings.exclusions, settings.num_layers, settings.family, fused_qkv=settings.fused_qkv
-    )
-    return None if part is None else dataclasses.asdict(part)
+def _exclusion_of_a_part(kind: type[PartOfFused]) -> Callable[[Settings], Values | None]:
+    def find(settings: Settings) -> Values | None:
+        if settings.family is None or not all(map(is_name, settings.exclusions)):
+            return None
+        part = find_part_of_fused(
+            settings.exclusions, settings.num_layers, settings.family, fused_qkv=settings.fused_qkv
+        )
+        return dataclasses.asdict(part) if isinstance(part, kind) else None
+
+    return find
 
 
 def _unquantized_checkpoint(settings: Settings) -> Values | None:
@@ -355,11 +365,18 @@ RULES: tuple[Rule, ...] = (
         remedy="remove it",
     ),
     Rule(
-        name="exclusions_of_a_part",
+        name="exclusion_of_an_expert",
         scope=Scope.QUANTIZED,
-        find=_exclusions_of_a_part,
-        problem="modules_to_not_convert: {problem}",
-        remedy="{remedy}",
+        find=_exclusion_of_a_part(PartOfExperts),
+        problem=PartOfExperts.problem,
+        remedy=PartOfExperts.remedy,
+    ),
+    Rule(
+        name="exclusion_of_a_projection",
+        scope=Scope.QUANTIZED,
+        find=_exclusion_of_a_part(PartOfAttention),
+        problem=PartOfAttention.problem,
+        remedy=PartOfAttention.remedy,
     ),
     Rule(
         name="upstream_limit",

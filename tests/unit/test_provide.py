@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nxdi_expertscale import CheckpointError, quantize_checkpoint
+from nxdi_expertscale import CheckpointError, ConfigurationError, quantize_checkpoint
 from nxdi_expertscale.checkpoint import provide
 from nxdi_expertscale.checkpoint.finished import checked_tensors, tensor_names
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
@@ -43,7 +43,7 @@ def test_the_finished_folder_alone_is_enough(source: Path, tmp_path: Path) -> No
     quantize_checkpoint(source, folder)
     made = state_of(folder)
 
-    provide.provide_checkpoint(folder, folder, ["lm_head"])
+    provide.provide_checkpoint(folder, folder, [])
 
     assert state_of(folder) == made
 
@@ -133,3 +133,22 @@ def test_the_names_of_a_finished_folder_are_known_and_a_changed_one_is_refused(
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match=f"{shard.name}: has other content"):
         checked_tensors(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("made_with", "asked", "says"),
+    [
+        ([], ["qkv_proj"], r"self_attn\.[qkv]_proj is quantized there, .*convert names it"),
+        (["o_proj"], [], r"layers\.0\.self_attn\.o_proj is in full precision there, .*not name it"),
+        ([], ["lm_haed"], r"'lm_haed' is no part of any module's name; did you mean 'lm_head'"),
+    ],
+)
+def test_a_finished_folder_is_loaded_with_the_exclusions_that_it_has(
+    source: Path, tmp_path: Path, made_with: list[str], asked: list[str], says: str
+) -> None:
+    folder = tmp_path / "fp8"
+    quantize_checkpoint(source, folder, modules_to_not_convert=made_with)
+
+    provide.provide_checkpoint(folder, folder, [*made_with, "mlp.gate"])
+    with pytest.raises(ConfigurationError, match=says):
+        provide.provide_checkpoint(folder, folder, asked)

@@ -98,20 +98,20 @@ APPLIES: dict[str, list[Case]] = {
         for name in ("", " ", "model.")
         for flag in ({}, OFF)
     ],
-    "exclusions_of_a_part": [
+    "exclusion_of_an_expert": [
         case(
             "modules_to_not_convert: 'down_proj' names a part of what NxDI fuses, and it fuses a "
             "layer's experts in one dtype; name all experts of the layer: 'layers.0.mlp.experts'",
             {"modules_to_not_convert": ["down_proj"], **flag},
         )
         for flag in ({}, OFF)
-    ]
-    + [
+    ],
+    "exclusion_of_a_projection": [
         case(
-            "modules_to_not_convert: keeps layers.1.self_attn.q_proj in full precision, and with "
+            "modules_to_not_convert keeps layers.1.self_attn.q_proj in full precision, and with "
             "fused_qkv=True NxDI fuses it with others in one dtype; name all of "
-            "['layers.1.self_attn.q_proj', 'layers.1.self_attn.k_proj', "
-            "'layers.1.self_attn.v_proj'], or set fused_qkv=False",
+            "layers.1.self_attn.q_proj, layers.1.self_attn.k_proj, layers.1.self_attn.v_proj, or "
+            "set fused_qkv=False",
             {"modules_to_not_convert": ["layers.1.self_attn.q_proj"], "fused_qkv": True},
         )
     ],
@@ -234,11 +234,13 @@ FINE: dict[str, list[Case]] = {
         case("", {"modules_to_not_convert": ["lm_head"]}),
         case("", {"modules_to_not_convert": [""]}, {"model_type": "qwen3"}),
     ],
-    "exclusions_of_a_part": [
+    "exclusion_of_an_expert": [
         case("", {"modules_to_not_convert": ["gate_proj", "up_proj", "down_proj"]}),
+        case("", {"modules_to_not_convert": ["down_proj"]}, {"model_type": "qwen3"}),
+    ],
+    "exclusion_of_a_projection": [
         case("", {"modules_to_not_convert": ["layers.1.self_attn.q_proj"]}),
         case("", {"modules_to_not_convert": ["qkv_proj"], "fused_qkv": True}),
-        case("", {"modules_to_not_convert": ["down_proj"]}, {"model_type": "qwen3"}),
     ],
     "upstream_limit": [
         case(),

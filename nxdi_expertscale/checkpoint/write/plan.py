@@ -224,6 +224,18 @@ def _check_exclusions(model: Model, requested: Sequence[str]) -> None:
     check_names(requested, [weight.module for weight in model.weights], num_layers, family)
 
 
+def excluded_modules(model: Model, modules_to_not_convert: Iterable[str]) -> set[str]:
+    """The modules that exclusions keep in full precision, and those that always are; by paths.
+
+    Raises:
+        ConfigurationError: An exclusion names a part of what NxDI fuses, or no module.
+    """
+    requested = tuple(modules_to_not_convert)
+    _check_exclusions(model, requested)
+    exclusions = Exclusions(effective_exclusions(model, requested), model.family)
+    return {weight.module for weight in model.weights if exclusions.leave_out(weight.module)}
+
+
 def tensors_to_quantize(model: Model, modules_to_not_convert: Iterable[str]) -> set[str]:
     """Names of the tensors that a plan with these exclusions quantizes; see :func:`make_plan`."""
     requested = tuple(modules_to_not_convert)
