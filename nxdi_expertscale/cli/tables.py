@@ -41,7 +41,7 @@ def quantization_summary(result: QuantizationResult) -> str:
         **{kind: f"{count} tensors" for kind, count in result.tensors.items()},
     }
     if result.modules_to_not_convert:
-        rows["left as they are"] = listed(result.modules_to_not_convert)
+        rows["in full precision"] = listed(result.modules_to_not_convert)
     if result.resumed_shards:
         rows["from an earlier run"] = f"{result.resumed_shards} files"
     if result.below_floor:
