@@ -6,85 +6,19 @@ Face's ``model.``, and with ``.scale`` for ``.weight_scale``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.loading.fused_sample import FusedSample
 from nxdi_expertscale.numerics import fp8, scales
 
 StateDict = Mapping[str, torch.Tensor]
 
-COMPARED_INPUTS = 2
-"""Inputs at which a fused weight is compared with an expert's."""
-
 _MAKE_IT_AGAIN = "make the checkpoint again with 'nxdi-expertscale quantize'"
-
-
-@dataclass(frozen=True)
-class FusedSample:
-    """What one of NxDI's fused weights has to hold at some places, which tell how it is fused.
-
-    Every channel of every expert is looked at, for scales belong to channels of experts; each
-    expert at other inputs, so that all of them together cover the inputs.
-
-    Attributes:
-        num_inputs: Inputs of an expert's weight, without padding.
-        values: ``[E, parts, COMPARED_INPUTS, out]``, of the weights' dtype: what those of each
-            expert's projections, ``[out, in]``, hold.
-    """
-
-    num_inputs: int
-    values: torch.Tensor
-
-    @classmethod
-    def take(cls, weights: Sequence[Sequence[torch.Tensor]]) -> FusedSample:
-        """Take a sample of the weights that a fused one is made of.
-
-        Args:
-            weights: For each expert, the weights ``[out, in]`` of its projections, all of them of
-                one shape and dtype.
-        """
-        first = weights[0][0]
-        out, num_inputs = first.shape
-        count = min(COMPARED_INPUTS, num_inputs)
-        shape = (len(weights), len(weights[0]), count, out)
-        values = torch.empty(shape, dtype=first.dtype, device=first.device)
-        sample = cls(num_inputs, values)
-        if values.is_meta:
-            return sample
-        starts = sample._starts().tolist()
-        for parts, places, start in zip(weights, values, starts, strict=True):
-            for weight, place in zip(parts, places, strict=True):
-                place.copy_(weight.narrow(1, start, count).t())
-        return sample
-
-    def is_in(self, fused: torch.Tensor) -> bool:
-        """Whether a fused weight ``[E, in, dim]``, padded or not, holds the sample."""
-        num_experts, parts, count, out = self.values.shape
-        if (
-            fused.dtype != self.values.dtype
-            or fused.shape[0] != num_experts
-            or fused.shape[1] < self.num_inputs
-            or fused.shape[2] % parts
-        ):
-            return False
-        if self.values.is_meta:
-            return True
-        experts = torch.arange(num_experts)[:, None]
-        inputs = self._starts()[:, None] + torch.arange(count)
-        rows = fused.view(torch.uint8)[experts, inputs]
-        found = rows.reshape(num_experts, count, parts, -1)
-        return torch.equal(
-            found[..., : out * fused.itemsize].transpose(1, 2), self.values.view(torch.uint8)
-        )
-
-    def _starts(self) -> torch.Tensor:
-        """For each expert, the first of the inputs that are compared."""
-        num_experts, _, count, _ = self.values.shape
-        return torch.arange(num_experts) * (self.num_inputs - count) // max(1, num_experts - 1)
 
 
 @dataclass(frozen=True)
@@ -115,7 +49,7 @@ class LayerScales:
 
 
 def collect(
-    state_dict: StateDict, family: MoEFamily, layer: int, experts: int
+    state_dict: StateDict, family: MoEFamily, layer: int, num_experts: int
 ) -> LayerScales | None:
     """Collect and check the scales of a layer's experts. The state dict stays as it is.
 
@@ -123,7 +57,7 @@ def collect(
         state_dict: A checkpoint's tensors, before NxDI fuses them.
         family: The names in it.
         layer: The layer's number.
-        experts: Number of experts in a layer, by the model's config.
+        num_experts: Experts of a layer, by the model's config.
 
     Returns:
         None where no expert of the layer has a scale: the layer is in full precision.
@@ -132,43 +66,45 @@ def collect(
         CheckpointError: A tensor is missing, has another shape or dtype than it should, or a scale
             is not finite and positive.
     """
-    if not _has_scale(state_dict, family, layer, experts):
-        _refuse_quantized_without_scale(state_dict, family, layer, experts)
+    if not _has_scale(state_dict, family, layer, num_experts):
+        _check_unquantized(state_dict, family, layer, num_experts)
         return None
-    _check_weights(state_dict, family, layer, experts)
+    _check_weights(state_dict, family, layer, num_experts)
     fused: dict[str, torch.Tensor] = {}
     consumed: list[str] = []
     samples: dict[str, FusedSample] = {}
     for name, projections in family.fused.items():
-        stacked = [_stack(state_dict, family, layer, experts, part) for part in projections]
+        stacked = [
+            _stack_scales(state_dict, family, layer, num_experts, part) for part in projections
+        ]
         fused[name] = scales.fuse(stacked)
         consumed += [
             family.expert_key(layer, expert, part, "scale")
             for part in projections
-            for expert in range(experts)
+            for expert in range(num_experts)
         ]
         samples[name] = FusedSample.take(
             [
                 [state_dict[family.expert_key(layer, expert, part)] for part in projections]
-                for expert in range(experts)
+                for expert in range(num_experts)
             ]
         )
     return LayerScales(layer, fused, tuple(consumed), samples)
 
 
-def _has_scale(state_dict: StateDict, family: MoEFamily, layer: int, experts: int) -> bool:
+def _has_scale(state_dict: StateDict, family: MoEFamily, layer: int, num_experts: int) -> bool:
     return any(
         family.expert_key(layer, expert, projection, "scale") in state_dict
         for projection in family.projections
-        for expert in range(experts)
+        for expert in range(num_experts)
     )
 
 
-def _refuse_quantized_without_scale(
-    state_dict: StateDict, family: MoEFamily, layer: int, experts: int
+def _check_unquantized(
+    state_dict: StateDict, family: MoEFamily, layer: int, num_experts: int
 ) -> None:
     for projection in family.projections:
-        for expert in range(experts):
+        for expert in range(num_experts):
             key = family.expert_key(layer, expert, projection)
             weight = state_dict.get(key)
             if weight is None or not fp8.is_quantized(weight):
@@ -184,16 +120,16 @@ def _refuse_quantized_without_scale(
             )
 
 
-def _check_weights(state_dict: StateDict, family: MoEFamily, layer: int, experts: int) -> None:
-    beyond = family.expert_key(layer, experts, family.gate)
+def _check_weights(state_dict: StateDict, family: MoEFamily, layer: int, num_experts: int) -> None:
+    beyond = family.expert_key(layer, num_experts, family.gate)
     if beyond in state_dict:
         raise CheckpointError(
-            f"{beyond}: the model's config says {experts} experts, the checkpoint has more"
+            f"{beyond}: the model's config says {num_experts} experts, the checkpoint has more"
         )
     first = _get(state_dict, family.expert_key(layer, 0, family.gate))
     for projection in family.projections:
         shape = tuple(first.shape) if projection != family.down else tuple(first.shape)[::-1]
-        for expert in range(experts):
+        for expert in range(num_experts):
             key = family.expert_key(layer, expert, projection)
             weight = _get(state_dict, key)
             # Upstream fuses all of a layer into tensors of the first weight's dtype: another one
@@ -211,11 +147,11 @@ def _check_weights(state_dict: StateDict, family: MoEFamily, layer: int, experts
                 )
 
 
-def _stack(
-    state_dict: StateDict, family: MoEFamily, layer: int, experts: int, projection: str
+def _stack_scales(
+    state_dict: StateDict, family: MoEFamily, layer: int, num_experts: int, projection: str
 ) -> torch.Tensor:
     """The scales of one projection, ``[E, 1, out]``."""
-    keys = [family.expert_key(layer, expert, projection, "scale") for expert in range(experts)]
+    keys = [family.expert_key(layer, expert, projection, "scale") for expert in range(num_experts)]
     out = state_dict[family.expert_key(layer, 0, projection)].shape[0]
     parts = []
     for key in keys:

@@ -14,7 +14,7 @@ from nxdi_expertscale.families.declaration import MoEFamily, Stacking
 
 
 def stack(
-    state_dict: MutableMapping[str, torch.Tensor], family: MoEFamily, layer: int, experts: int
+    state_dict: MutableMapping[str, torch.Tensor], family: MoEFamily, layer: int, num_experts: int
 ) -> None:
     """Replace a layer's experts by ``gate_up_proj`` and ``down_proj`` with all of them.
 
@@ -25,7 +25,7 @@ def stack(
         state_dict: A checkpoint's tensors, each expert's weight ``[out, in]``; changed in place.
         family: The names in it, and the axes of the result.
         layer: The layer's number.
-        experts: Number of experts in a layer.
+        num_experts: Experts of a layer.
 
     Raises:
         CheckpointError: An expert's weight is missing, or has another shape or dtype than those
@@ -36,7 +36,7 @@ def stack(
     for fused, projections in family.fused.items():
         keys = [
             [family.expert_key(layer, expert, projection) for projection in projections]
-            for expert in range(experts)
+            for expert in range(num_experts)
         ]
         first = [_weight(state_dict, key) for key in keys[0]]
         outputs, inputs = sum(weight.shape[0] for weight in first), first[0].shape[1]
@@ -44,10 +44,10 @@ def stack(
         del first
         # [E, out, in] to write to, whichever of the two is last in memory.
         if family.stacked is Stacking.INPUTS_FIRST:
-            stacked = torch.empty(experts, inputs, outputs, dtype=dtype)
+            stacked = torch.empty(num_experts, inputs, outputs, dtype=dtype)
             as_linear = stacked.transpose(1, 2)
         else:
-            stacked = as_linear = torch.empty(experts, outputs, inputs, dtype=dtype)
+            stacked = as_linear = torch.empty(num_experts, outputs, inputs, dtype=dtype)
         for expert, parts in enumerate(keys):
             start = 0
             for key, expected in zip(parts, shape, strict=True):

@@ -12,7 +12,7 @@ from nxdi_expertscale import CheckpointError
 from nxdi_expertscale.families.built_in import MIXTRAL, QWEN3_MOE
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.loading import expert_scales
-from nxdi_expertscale.loading.expert_scales import COMPARED_INPUTS, FusedSample
+from nxdi_expertscale.loading.fused_sample import COMPARED_INPUTS, FusedSample
 from nxdi_expertscale.numerics import fp8
 
 EXPERTS, INTERMEDIATE, HIDDEN = 4, 4, 6
