@@ -6,7 +6,7 @@ Face's ``model.``, and with ``.scale`` for ``.weight_scale``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.loading.fused_sample import FusedSample
+from nxdi_expertscale.loading.names import scale_of
 from nxdi_expertscale.numerics import fp8, scales
 
 StateDict = Mapping[str, torch.Tensor]
@@ -66,71 +67,56 @@ def collect(
         CheckpointError: A tensor is missing, has another shape or dtype than it should, or a scale
             is not finite and positive.
     """
-    if not _has_scale(state_dict, family, layer, num_experts):
-        _check_unquantized(state_dict, family, layer, num_experts)
-        return None
-    _check_weights(state_dict, family, layer, num_experts)
-    fused: dict[str, torch.Tensor] = {}
-    consumed: list[str] = []
-    samples: dict[str, FusedSample] = {}
-    for name, projections in family.fused.items():
-        stacked = [
-            _stack_scales(state_dict, family, layer, num_experts, part) for part in projections
-        ]
-        fused[name] = scales.fuse(stacked)
-        consumed += [
-            family.expert_key(layer, expert, part, "scale")
-            for part in projections
-            for expert in range(num_experts)
-        ]
-        samples[name] = FusedSample.take(
-            [
-                [state_dict[family.expert_key(layer, expert, part)] for part in projections]
-                for expert in range(num_experts)
-            ]
-        )
-    return LayerScales(layer, fused, tuple(consumed), samples)
-
-
-def _has_scale(state_dict: StateDict, family: MoEFamily, layer: int, num_experts: int) -> bool:
-    return any(
-        family.expert_key(layer, expert, projection, "scale") in state_dict
+    keys = {
+        projection: [family.expert_key(layer, expert, projection) for expert in range(num_experts)]
         for projection in family.projections
-        for expert in range(num_experts)
-    )
-
-
-def _check_unquantized(
-    state_dict: StateDict, family: MoEFamily, layer: int, num_experts: int
-) -> None:
-    for projection in family.projections:
-        for expert in range(num_experts):
-            key = family.expert_key(layer, expert, projection)
-            weight = state_dict.get(key)
-            if weight is None or not fp8.is_quantized(weight):
-                continue
-            if f"{key}_scale_inv" in state_dict:
-                raise CheckpointError(
-                    f"{key}_scale_inv: a checkpoint with block scales cannot be loaded with "
-                    f"quantized=True; {_MAKE_IT_AGAIN}"
-                )
-            raise CheckpointError(
-                f"{family.expert_key(layer, expert, projection, 'scale')}: missing, and the "
-                f"weight is {weight.dtype}; {_MAKE_IT_AGAIN}"
-            )
-
-
-def _check_weights(state_dict: StateDict, family: MoEFamily, layer: int, num_experts: int) -> None:
+    }
+    scale_keys = {projection: list(map(scale_of, some)) for projection, some in keys.items()}
+    if not any(key in state_dict for some in scale_keys.values() for key in some):
+        _check_unquantized(state_dict, keys)
+        return None
     beyond = family.expert_key(layer, num_experts, family.gate)
     if beyond in state_dict:
         raise CheckpointError(
             f"{beyond}: the model's config says {num_experts} experts, the checkpoint has more"
         )
-    first = _get(state_dict, family.expert_key(layer, 0, family.gate))
-    for projection in family.projections:
-        shape = tuple(first.shape) if projection != family.down else tuple(first.shape)[::-1]
-        for expert in range(num_experts):
-            key = family.expert_key(layer, expert, projection)
+    weights = _checked_weights(state_dict, keys, family.down)
+    fused: dict[str, torch.Tensor] = {}
+    consumed: list[str] = []
+    samples: dict[str, FusedSample] = {}
+    for name, projections in family.fused.items():
+        fused[name] = scales.fuse(
+            [_stack_scales(state_dict, scale_keys[part], weights[part]) for part in projections]
+        )
+        consumed += [key for part in projections for key in scale_keys[part]]
+        of_experts = zip(*(weights[part] for part in projections), strict=True)
+        samples[name] = FusedSample.take(list(of_experts))
+    return LayerScales(layer, fused, tuple(consumed), samples)
+
+
+def _check_unquantized(state_dict: StateDict, keys: Mapping[str, Sequence[str]]) -> None:
+    for key in (key for some in keys.values() for key in some):
+        weight = state_dict.get(key)
+        if weight is None or not fp8.is_quantized(weight):
+            continue
+        if f"{key}_scale_inv" in state_dict:
+            raise CheckpointError(
+                f"{key}_scale_inv: a checkpoint with block scales cannot be loaded with "
+                f"quantized=True; {_MAKE_IT_AGAIN}"
+            )
+        raise CheckpointError(
+            f"{scale_of(key)}: missing, and the weight is {weight.dtype}; {_MAKE_IT_AGAIN}"
+        )
+
+
+def _checked_weights(
+    state_dict: StateDict, keys: Mapping[str, Sequence[str]], down: str
+) -> dict[str, list[torch.Tensor]]:
+    """The experts' weights of each projection, of one dtype and of shapes that fit together."""
+    first = _get(state_dict, next(iter(keys.values()))[0])
+    for projection, some in keys.items():
+        shape = first.shape if projection != down else first.shape[::-1]
+        for key in some:
             weight = _get(state_dict, key)
             # Upstream fuses all of a layer into tensors of the first weight's dtype: another one
             # would be cast without its scale.
@@ -140,23 +126,22 @@ def _check_weights(state_dict: StateDict, family: MoEFamily, layer: int, num_exp
                     f"{first.dtype}; a layer's experts are quantized all or none: "
                     f"{_MAKE_IT_AGAIN}"
                 )
-            if tuple(weight.shape) != shape:
+            if weight.shape != shape:
                 raise CheckpointError(
                     f"{key}: its shape is {list(weight.shape)}, the layer's other experts say "
                     f"{list(shape)}; {_MAKE_IT_AGAIN}"
                 )
+    return {projection: [state_dict[key] for key in some] for projection, some in keys.items()}
 
 
 def _stack_scales(
-    state_dict: StateDict, family: MoEFamily, layer: int, num_experts: int, projection: str
+    state_dict: StateDict, keys: Sequence[str], weights: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """The scales of one projection, ``[E, 1, out]``."""
-    keys = [family.expert_key(layer, expert, projection, "scale") for expert in range(num_experts)]
-    out = state_dict[family.expert_key(layer, 0, projection)].shape[0]
     parts = []
-    for key in keys:
+    for key, weight in zip(keys, weights, strict=True):
         try:
-            parts.append(scales.channel_scale(_get(state_dict, key), out))
+            parts.append(scales.channel_scale(_get(state_dict, key), weight.shape[0]))
         except ValueError as error:
             raise CheckpointError(f"{key}: {error}; {_MAKE_IT_AGAIN}") from error
     stacked = torch.stack(parts)

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from nxdi_expertscale.checkpoint.parallel import available_cores, for_each
+
 COMPARED_INPUTS = 2
 """Inputs of each channel that are compared: enough to tell one channel from another."""
+
+MAX_WORKERS = 4
+"""Threads that take a sample: it is a matter of milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -21,29 +26,39 @@ class FusedSample:
     Attributes:
         num_inputs: Inputs of an expert's weight, without padding.
         values: ``[E, parts, COMPARED_INPUTS, out]``, of the weights' dtype: what those of each
-            expert's projections, ``[out, in]``, hold.
+            expert's projections, ``[out, in]``, hold. On the device ``meta`` only shapes and
+            dtypes are compared.
     """
 
     num_inputs: int
     values: torch.Tensor
 
     @classmethod
-    def take(cls, weights: Sequence[Sequence[torch.Tensor]]) -> FusedSample:
+    def take(
+        cls, weights: Sequence[Sequence[torch.Tensor]], *, workers: int | None = None
+    ) -> FusedSample:
         """Take a sample of the weights that a fused one is made of.
 
         Args:
             weights: For each expert, the weights ``[out, in]`` of its projections, all of them of
                 one shape and dtype.
+            workers: Threads; by default as many as there are cores, up to :data:`MAX_WORKERS`.
         """
         first = weights[0][0]
         out, num_inputs = first.shape
         count = min(COMPARED_INPUTS, num_inputs)
-        values = torch.empty(len(weights), len(weights[0]), count, out, dtype=first.dtype)
+        shape = (len(weights), len(weights[0]), count, out)
+        values = torch.empty(shape, dtype=first.dtype, device=first.device)
         sample = cls(num_inputs, values)
-        starts = sample._starts().tolist()
-        for parts, places, start in zip(weights, values, starts, strict=True):
-            for weight, place in zip(parts, places, strict=True):
+        if values.is_meta:
+            return sample
+
+        def copy(expert: int) -> None:
+            start = expert * sample._step
+            for weight, place in zip(weights[expert], values[expert], strict=True):
                 place.copy_(weight.narrow(1, start, count).t())
+
+        for_each(copy, iter(range(len(weights))), workers or min(MAX_WORKERS, available_cores()))
         return sample
 
     def is_in(self, fused: torch.Tensor) -> bool:
@@ -56,15 +71,20 @@ class FusedSample:
             or fused.shape[2] % parts
         ):
             return False
-        experts = torch.arange(num_experts)[:, None]
-        inputs = self._starts()[:, None] + torch.arange(count)
-        rows = fused.view(torch.uint8)[experts, inputs]
-        found = rows.reshape(num_experts, count, parts, -1)
-        return torch.equal(
-            found[..., : out * fused.itemsize].transpose(1, 2), self.values.view(torch.uint8)
+        if self.values.is_meta:
+            return True
+        rows = fused.view(torch.uint8).flatten(0, 1)
+        stride = fused.shape[1] + self._step
+        return all(
+            torch.equal(
+                rows[number::stride].view(num_experts, parts, -1)[..., : out * fused.itemsize],
+                self.values[:, :, number].view(torch.uint8),
+            )
+            for number in range(count)
         )
 
-    def _starts(self) -> torch.Tensor:
-        """For each expert, the first of the inputs that are compared."""
+    @property
+    def _step(self) -> int:
+        """How many inputs further on the sample of the next expert begins."""
         num_experts, _, count, _ = self.values.shape
-        return torch.arange(num_experts) * (self.num_inputs - count) // max(1, num_experts - 1)
+        return (self.num_inputs - count) // max(1, num_experts - 1)

@@ -8,6 +8,7 @@ import torch
 
 from nxdi_expertscale.checkpoint.parallel import available_cores, for_each
 from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.loading.names import scale_of
 from nxdi_expertscale.numerics import fp8, scales
 
 StateDict = Mapping[str, torch.Tensor]
@@ -58,19 +59,20 @@ def check_values(
 
 
 def _first_invalid_scale(state_dict: StateDict, known: Collection[str]) -> str | None:
-    names = (name for name in _scales(state_dict) if name not in known)
+    names = _scales(state_dict, known)
     return next(
         (name for name in names if not scales.are_valid(state_dict[name].to(torch.float32))), None
     )
 
 
-def _scales(state_dict: StateDict) -> Iterator[str]:
-    """Names of the scales of quantized weights, of activations as well."""
+def _scales(state_dict: StateDict, known: Collection[str]) -> Iterator[str]:
+    """Names of the scales of quantized weights, of activations as well, that are not known."""
     for name, tensor in state_dict.items():
-        if fp8.is_quantized(tensor):
-            path = name.removesuffix("weight")
-            names = (f"{path}scale", f"{path}weight_scale", f"{path}input_scale")
-            yield from (scale for scale in (*names, f"{name}_scale_inv") if scale in state_dict)
+        if tensor.is_meta or not fp8.is_quantized(tensor) or scale_of(name) in known:
+            continue
+        path = name.removesuffix("weight")
+        names = (f"{path}scale", f"{path}weight_scale", f"{path}input_scale", f"{name}_scale_inv")
+        yield from (scale for scale in names if scale in state_dict and scale not in known)
 
 
 def _find_beyond_range(

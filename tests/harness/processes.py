@@ -72,5 +72,5 @@ def run_alone(
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=target.prepare) as pool:
-        pool.submit(prepare, folder).result(_SECONDS)
-        return pool.submit(function, *arguments).result(_SECONDS)
+        pool.submit(prepare, folder).result(PATIENCE)
+        return pool.submit(function, *arguments).result(PATIENCE)
