@@ -21,6 +21,7 @@ from nxdi_expertscale.hooking.locks import fork_safe_lock
 from nxdi_expertscale.hooking.patch import Patch, SeamStatus, State
 from nxdi_expertscale.hooking.references import (
     Holder,
+    are_held,
     find_aliases,
     find_holders,
     loaded_modules,
@@ -201,7 +202,8 @@ class Engine:
         new = [installed for module in modules for installed in self._install(module)]
         if functions := _functions(new):
             others = loaded_modules()
-            self._follow(new, find_aliases(functions, others), find_holders(functions, others))
+            holders = find_holders(functions, others) if are_held(functions) else []
+            self._follow(new, find_aliases(functions, others), holders)
 
     def _install(self, module: ModuleType) -> list[tuple[_Seam, Installation]]:
         """Check the seams of a module, and install the wrappers that fit; those that are new."""
