@@ -87,7 +87,7 @@ def test_picture_of_more_layers_than_any_model_has(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     found = inspect_checkpoint(folders[0])
-    layers = tuple(dataclasses.replace(found.layers[0], layer=n) for n in range(20_000))
+    layers = tuple(dataclasses.replace(found.layers[0], layer=n) for n in range(3_000))
 
     plots.draw_heat_map(dataclasses.replace(found, layers=layers), tmp_path / "map.png")
 

@@ -37,22 +37,24 @@ def target(target_name: str) -> targets.Target:
     return targets.all_targets()[target_name]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _not_active() -> None:
-    """Take off the patches that a test module's imports have put in force."""
+@pytest.fixture(autouse=True)
+def _activation(target: targets.Target, request: pytest.FixtureRequest) -> None:
+    """The patches, in force for a test that asks for them, and for no other.
+
+    They stay between two tests that both ask: looking for all that holds a patched function takes
+    as long as many a test.
+    """
     import nxdi_expertscale
 
-    nxdi_expertscale.deactivate()
+    if "active" in request.fixturenames:
+        nxdi_expertscale.activate()
+    else:
+        nxdi_expertscale.deactivate()
 
 
 @pytest.fixture
-def active(_not_active: None) -> Iterator[None]:
+def active(_activation: None) -> None:
     """The patches, in force for one test."""
-    import nxdi_expertscale
-
-    nxdi_expertscale.activate()
-    yield
-    nxdi_expertscale.deactivate()
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,8 @@ def test_flag_that_is_no_boolean_by_attribute_is_refused_at_every_later_moment(
         elif moment == "convert":
             application.checkpoint_loader_fn()
         elif moment == "load module":
-            nxdi.DecoderModelInstance(graph.model_cls, graph.config).load_module()
+            module = graph.get_model_instance()
+            module.load_module()
         else:
             type(application.config)(
                 application.config.neuron_config, load_config=nxdi.load_pretrained_config(str(moe))
