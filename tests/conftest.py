@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -21,10 +21,12 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         yield
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# A wrapper comes before every other hook, pytest-xdist's own among them, which reads the groups.
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
     """Let pytest-xdist keep together the tests of a file, and all that run on one target."""
     for item in items:
         callspec: Any = getattr(item, "callspec", None)
         target = None if callspec is None else callspec.params.get("target_name")
         item.add_marker(pytest.mark.xdist_group(target or item.path.stem))
+    return (yield)
