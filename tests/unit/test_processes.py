@@ -108,7 +108,8 @@ def test_fork_while_other_threads_activate_does_not_hang_the_child(run: Run) -> 
                 nxdi_expertscale.status()
                 nxdi_expertscale.deactivate()
                 os._exit(1 if is_patched() else 0)
-            assert os.waitpid(child, 0)[1] == 0
+            _, status = os.waitpid(child, 0)
+            assert status == 0, status
         go_on = False
         for thread in threads:
             thread.join()
