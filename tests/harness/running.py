@@ -18,7 +18,8 @@ from neuronx_distributed.trace.trace import get_sharded_checkpoint
 from neuronx_distributed_inference.models.config import MoENeuronConfig
 from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
 
-from tests.harness import compiling, models
+from tests.harness import compiling, models, whole_model
+from tests.harness.whole_model import relative_error
 
 FP8: dict[str, Any] = {
     "quantized": True,
@@ -29,6 +30,11 @@ FP8: dict[str, Any] = {
 
 ROUTER = "mlp.gate"
 """What has to be in ``modules_to_not_convert``, or the router is quantized too."""
+
+WITHIN_FP8 = 0.06
+"""What FP8 may cost a parameter or a block: its own rounding is 2.7%."""
+
+_ROUNDING = 1e-4
 
 _APPLICATIONS = {
     "qwen3": ("qwen3.modeling_qwen3", "NeuronQwen3ForCausalLM"),
@@ -193,11 +199,6 @@ def is_state(name: str) -> bool:
     return any(part in name for part in _NOT_IN_CHECKPOINTS)
 
 
-def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Norm of the difference, as a share of the reference's norm."""
-    return float((value - reference).norm() / reference.norm())
-
-
 def different_tensors(
     actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 ) -> list[str]:
@@ -246,3 +247,50 @@ def moe_errors(checkpoint: Path, loaded: LoadedModel) -> list[float]:
         relative_error(loaded.moe_output(number, given), expected)
         for number, (given, expected) in sorted(seen.items())
     ]
+
+
+def compare(checkpoint: Path, loaded: LoadedModel, **settings: Any) -> whole_model.Comparison:
+    """How far a whole model is off: every parameter, attention, MoE blocks, logits.
+
+    Args:
+        checkpoint: Folder of the Hugging Face model, the reference.
+        loaded: The model as NxDI runs it, on one rank.
+        settings: The keywords of ``MoENeuronConfig`` that say how it is built.
+
+    Raises:
+        AssertionError: The models have other parameters, or NxDI's unquantized one is not
+            Hugging Face's.
+    """
+    prompt = models.prompt()
+    with torch.no_grad():
+        expected = models.load(checkpoint)(prompt).logits[:, -1]
+    reference = load(checkpoint, **settings)
+    unquantized = relative_error(reference.logits(prompt), expected)
+    assert unquantized < _ROUNDING, f"NxDI's unquantized model is {unquantized:.1e} off"
+    with whole_model.calls_of_attention(loaded.module) as calls:
+        logits = loaded.logits(prompt)
+    attention = []
+    for layer, (args, kwargs, output) in zip(reference.module.layers, calls, strict=True):
+        with torch.no_grad():
+            right = layer.self_attn(*args, **kwargs)
+        found = map(whole_model.hidden_states, (output, right))
+        attention.append(relative_error(*found))
+    return whole_model.Comparison(
+        whole_model.parameter_errors(*map(_parameters, (loaded.module, reference.module))),
+        tuple(attention),
+        tuple(moe_errors(checkpoint, loaded)),
+        relative_error(logits, expected),
+    )
+
+
+def assert_right(
+    checkpoint: Path, loaded: LoadedModel, *, within: float = WITHIN_FP8, **settings: Any
+) -> whole_model.Comparison:
+    """Assert that nothing of a model is further off than that; see :func:`compare`."""
+    found = compare(checkpoint, loaded, **settings)
+    assert found.beyond(within) == {}
+    return found
+
+
+def _parameters(module: Any) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in module.state_dict().items() if not is_state(name)}

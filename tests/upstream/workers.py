@@ -12,16 +12,13 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import pytest
 
 TARGET_VARIABLE = "NXDI_EXPERTSCALE_TARGET"
 REPORTS_VARIABLE = "NXDI_EXPERTSCALE_REPORTS"
-
-_NODEID = pytest.StashKey[str]()
-"""A test's node id, without the group that pytest-xdist appends to it."""
 
 
 class ReportWriter:
@@ -62,7 +59,7 @@ class Worker:
     def reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
         """Wait for the reports of a test, up to that of its teardown."""
         while True:
-            for report in self._waiting.pop(item.stash[_NODEID], ()):
+            for report in self._waiting.pop(_name_of(item), ()):
                 report.nodeid = item.nodeid
                 yield report
                 if report.when == "teardown":
@@ -107,15 +104,6 @@ class Dispatcher:
         self._here = here
         self._workers: dict[str, Worker] = {}
 
-    # Before pytest-xdist appends it.
-    @pytest.hookimpl(wrapper=True)
-    def pytest_collection_modifyitems(
-        self, items: list[pytest.Item]
-    ) -> Generator[None, None, None]:
-        for item in items:
-            item.stash[_NODEID] = item.nodeid
-        return (yield)
-
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: object) -> bool | None:
         target = _target_of(item)
@@ -123,9 +111,7 @@ class Dispatcher:
             return None
         worker = self._workers.get(target)
         if worker is None:
-            tests = [
-                other.stash[_NODEID] for other in item.session.items if _target_of(other) == target
-            ]
+            tests = [_name_of(other) for other in item.session.items if _target_of(other) == target]
             worker = self._workers[target] = Worker(item.config, target, tests)
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         for report in worker.reports(item):
@@ -142,3 +128,8 @@ class Dispatcher:
 def _target_of(item: pytest.Item) -> str | None:
     callspec: Any = getattr(item, "callspec", None)
     return None if callspec is None else callspec.params.get("target_name")
+
+
+def _name_of(item: pytest.Item) -> str:
+    """A test's node id, without the group that pytest-xdist appends to it."""
+    return item.nodeid.removesuffix(f"@{_target_of(item)}")
