@@ -231,12 +231,17 @@ def _left_over(
     takers: dict[str, list[str]] = defaultdict(list)
     for name in parameters:
         takers[_tail(name)].append(name)
+    beside: dict[str, list[str]] = defaultdict(list)
+    for name in parameters.keys() & state_dict.keys():
+        beside[_above(name)].append(name)
     for name, tensor in state_dict.items():
         last = name.rpartition(".")[2]
         if name in parameters or last in _NO_WEIGHTS or last == _RANK:
             continue
         owner = _owner(name, modules)
         if owner is None or _is_copied(name, takers):
+            continue
+        if _take_renamed(tensor, beside[_above(name)], state_dict):
             continue
         if last in _SCALE_NAMES:
             problem = "no module applies this scale"
@@ -258,13 +263,33 @@ def _is_copied(name: str, takers: Mapping[str, Collection[str]]) -> bool:
     NxDI's ``modules/attention/gqa.py`` makes ``self_attn.qkv_proj.q_proj.weight`` of
     ``self_attn.q_proj.weight``, and leaves the latter where it is.
     """
-    tail = _tail(name)
-    above = name.removesuffix(tail)
-    return above != "" and any(taker.startswith(above) for taker in takers.get(tail, ()))
+    above = _above(name)
+    return above != "" and any(taker.startswith(above) for taker in takers.get(_tail(name), ()))
+
+
+def _take_renamed(tensor: torch.Tensor, beside: list[str], state_dict: StateDict) -> bool:
+    """Whether a converter has copied a tensor to another name beside it, and left it there.
+
+    NxDI's Qwen3 makes ``self_attn.k_layernorm.weight`` of ``self_attn.k_norm.weight``. A copy
+    stands for one tensor, and is taken from ``beside``.
+    """
+    if fp8.is_quantized(tensor):
+        return False
+    for name in beside:
+        copy = state_dict[name]
+        same = (copy.dtype, copy.shape, copy.device) == (tensor.dtype, tensor.shape, tensor.device)
+        if same and (tensor.is_meta or torch.equal(copy, tensor)):
+            beside.remove(name)
+            return True
+    return False
 
 
 def _tail(name: str) -> str:
     return ".".join(name.split(".")[-2:])
+
+
+def _above(name: str) -> str:
+    return name.removesuffix(_tail(name))
 
 
 def _owner(name: str, modules: Mapping[str, nn.Module]) -> str | None:

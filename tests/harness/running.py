@@ -249,13 +249,17 @@ def moe_errors(checkpoint: Path, loaded: LoadedModel) -> list[float]:
     ]
 
 
-def compare(checkpoint: Path, loaded: LoadedModel, **settings: Any) -> whole_model.Comparison:
+def compare(
+    checkpoint: Path,
+    loaded: LoadedModel,
+    **settings: Any,
+) -> whole_model.Comparison:
     """How far a whole model is off: every parameter, attention, MoE blocks, logits.
 
     Args:
         checkpoint: Folder of the Hugging Face model, the reference.
         loaded: The model as NxDI runs it, on one rank.
-        settings: The keywords of ``MoENeuronConfig`` that say how it is built.
+        settings: The keywords of ``MoENeuronConfig`` with which it is loaded here.
 
     Raises:
         AssertionError: The models have other parameters, or NxDI's unquantized one is not
@@ -265,8 +269,8 @@ def compare(checkpoint: Path, loaded: LoadedModel, **settings: Any) -> whole_mod
     with torch.no_grad():
         expected = models.load(checkpoint)(prompt).logits[:, -1]
     reference = load(checkpoint, **settings)
-    unquantized = relative_error(reference.logits(prompt), expected)
-    assert unquantized < _ROUNDING, f"NxDI's unquantized model is {unquantized:.1e} off"
+    rounding = relative_error(reference.logits(prompt), expected)
+    assert rounding < _ROUNDING, f"NxDI's unquantized model is {rounding:.1e} off"
     with whole_model.calls_of_attention(loaded.module) as calls:
         logits = loaded.logits(prompt)
     attention = []
@@ -276,10 +280,20 @@ def compare(checkpoint: Path, loaded: LoadedModel, **settings: Any) -> whole_mod
         found = map(whole_model.hidden_states, (output, right))
         attention.append(relative_error(*found))
     return whole_model.Comparison(
-        whole_model.parameter_errors(*map(_parameters, (loaded.module, reference.module))),
+        parameter_errors(loaded, reference),
         tuple(attention),
         tuple(moe_errors(checkpoint, loaded)),
         relative_error(logits, expected),
+    )
+
+
+def parameter_errors(loaded: LoadedModel, unquantized: LoadedModel) -> dict[str, float]:
+    """The error of each parameter, dequantized, against the same model unquantized."""
+    return whole_model.parameter_errors(
+        *(
+            {name: value for name, value in model.module.state_dict().items() if not is_state(name)}
+            for model in (loaded, unquantized)
+        )
     )
 
 
@@ -290,7 +304,3 @@ def assert_right(
     found = compare(checkpoint, loaded, **settings)
     assert found.beyond(within) == {}
     return found
-
-
-def _parameters(module: Any) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in module.state_dict().items() if not is_state(name)}

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-FP8 = torch.float8_e4m3fn
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -48,7 +46,7 @@ def dequantized(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     found = {}
     for name, tensor in state_dict.items():
         scale = state_dict.get(f"{name.removesuffix('weight')}scale")
-        if name.endswith("weight") and scale is not None and tensor.dtype in (FP8, torch.int8):
+        if name.endswith("weight") and scale is not None and tensor.dtype.itemsize == 1:
             found[name] = tensor.to(torch.float32) * scale
         elif not name.endswith(".scale"):
             found[name] = tensor.to(torch.float32)

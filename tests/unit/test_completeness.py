@@ -267,6 +267,28 @@ def test_what_the_model_does_not_have_or_need_is_no_fault(
     assert completeness.find_faults(model, state_dict) == []
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tensor_that_a_converter_has_copied_to_another_name(
+    model: Any, state_dict: Any, device: str
+) -> None:
+    state_dict["layers.0.router.offset"] = state_dict["layers.0.router.bias"].clone()
+    state_dict = {name: tensor.to(device) for name, tensor in state_dict.items()}
+
+    assert completeness.find_faults(model, state_dict) == []
+
+
+def test_copy_stands_for_one_tensor_and_only_for_its_equal(model: Any, state_dict: Any) -> None:
+    state_dict["layers.0.router.bias"] = torch.rand(4)
+    names = ["layers.0.router.offset", "layers.0.router.shift", "layers.1.router.offset"]
+    for name in names[:2]:
+        state_dict[name] = state_dict["layers.0.router.bias"].clone()
+    state_dict[names[2]] = torch.ones(4)
+
+    faults = completeness.find_faults(model, state_dict)
+
+    assert [fault.name for fault in faults] == names[1:]
+
+
 def test_state_that_the_model_writes_itself(model: Any, state_dict: Any) -> None:
     model.layers[0].recurrent_state = empty(3, 3)
 

@@ -45,7 +45,7 @@ def test_experts_keep_their_scales_in_every_dtype(
     experts = loaded.module.layers[0].mlp.expert_mlps.mlp_op
     assert experts.gate_up_proj.weight.dtype == experts.down_proj.weight.dtype == dtype
     assert experts.down_proj.scale.shape == (models.EXPERTS, 1, models.HIDDEN_SIZE)
-    assert max(nxdi.moe_errors(moe, loaded)) < error
+    nxdi.assert_right(moe, loaded, within=error)
 
 
 def test_dtype_that_the_release_does_not_make_is_refused_without_the_flag_too(

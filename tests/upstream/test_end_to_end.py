@@ -21,6 +21,8 @@ pytestmark = pytest.mark.usefixtures("active")
 ROUNDING = 1e-5
 WITHIN_FP8 = 0.06
 NONSENSE = 0.5
+EXPERTS = "mlp.expert_mlps.mlp_op"
+FUSED = ("gate_up_proj", "down_proj")
 
 Record = Callable[[str, object], None]
 
@@ -36,9 +38,11 @@ def test_expert_wise_scales_keep_the_model(
 ) -> None:
     loaded = nxdi.load(moe, **fp8, expert_wise_scale=True)
 
-    errors = nxdi.moe_errors(moe, loaded)
-    record_property("MoE error, expert-wise", max(errors))
-    assert max(errors) < WITHIN_FP8
+    found = nxdi.assert_right(moe, loaded)
+    record_property("MoE error, expert-wise", max(found.moe))
+    record_property("error of attention, expert-wise", max(found.attention))
+    record_property("error of a parameter, expert-wise", max(found.parameters.values()))
+    record_property("error of the logits, expert-wise", found.logits)
     for layer in loaded.module.layers:
         experts = layer.mlp.expert_mlps.mlp_op
         gate_up = (models.EXPERTS, 1, 2 * models.MOE_INTERMEDIATE_SIZE)
@@ -54,9 +58,15 @@ def test_averaged_scales_lose_the_model(
 ) -> None:
     loaded = nxdi.load(moe, **fp8)
 
-    errors = nxdi.moe_errors(moe, loaded)
-    record_property("MoE error, averaged", min(errors))
-    assert min(errors) > NONSENSE
+    found = nxdi.compare(moe, loaded)
+    record_property("MoE error, averaged", min(found.moe))
+    record_property("error of the logits, averaged", found.logits)
+    assert min(found.moe) > NONSENSE
+    assert set(found.beyond(WITHIN_FP8)) == {
+        "logits",
+        *(f"MoE block {number}" for number in range(2)),
+        *(f"layers.{number}.{EXPERTS}.{name}.weight" for number in range(2) for name in FUSED),
+    }
     experts = loaded.module.layers[0].mlp.expert_mlps.mlp_op
     assert experts.gate_up_proj.scale.shape == (1, 1, 2 * models.MOE_INTERMEDIATE_SIZE)
 
@@ -102,7 +112,7 @@ def test_fused_qkv_changes_nothing(
     apart = nxdi.load(moe, **fp8, expert_wise_scale=True)
     fused = nxdi.load(moe, **fp8, expert_wise_scale=True, fused_qkv=True)
 
-    assert max(nxdi.moe_errors(moe, fused)) < WITHIN_FP8
+    nxdi.assert_right(moe, fused, fused_qkv=True)
     assert (
         nxdi.relative_error(fused.logits(models.prompt()), apart.logits(models.prompt())) < ROUNDING
     )
@@ -113,17 +123,13 @@ def test_padded_experts_give_the_same_output(
 ) -> None:
     if target.version < (0, 7):
         pytest.skip("this release does not pad the experts")
-    padded = nxdi.load(
-        moe,
-        **fp8,
-        expert_wise_scale=True,
-        blockwise_matmul_config={"use_shard_on_intermediate_dynamic_while": True},
-    )
+    settings = {"blockwise_matmul_config": {"use_shard_on_intermediate_dynamic_while": True}}
+    padded = nxdi.load(moe, **fp8, **settings, expert_wise_scale=True)
 
     scale = padded.module.layers[0].mlp.expert_mlps.mlp_op.gate_up_proj.scale
     assert scale.shape == (models.EXPERTS, 1, 2 * 256)
     assert not scale[:, :, models.MOE_INTERMEDIATE_SIZE : 256].any()
-    assert max(nxdi.moe_errors(moe, padded)) < WITHIN_FP8
+    nxdi.assert_right(moe, padded, **settings)
 
 
 @pytest.mark.parametrize("name", ["layers.0.mlp.experts", "layers.0.mlp.expert_mlps"])
@@ -139,7 +145,8 @@ def test_one_layers_experts_stay_in_full_precision(
         "modules_to_not_convert": [nxdi.ROUTER, name],
     }
 
-    first, second = nxdi.moe_errors(moe, nxdi.load(moe, **settings, expert_wise_scale=True))
+    loaded = nxdi.load(moe, **settings, expert_wise_scale=True)
+    first, second = nxdi.assert_right(moe, loaded).moe
 
     assert first < ROUNDING
     assert ROUNDING < second < WITHIN_FP8
@@ -173,7 +180,7 @@ def test_all_experts_stay_in_full_precision(nxdi: Any, moe: Path, tmp_path: Path
 
     loaded = nxdi.load(moe, **settings, expert_wise_scale=True)
 
-    assert max(nxdi.moe_errors(moe, loaded)) < ROUNDING
+    assert max(nxdi.assert_right(moe, loaded).moe) < ROUNDING
     attention = loaded.module.layers[0].self_attn.qkv_proj.q_proj
     assert attention.weight.dtype == torch.float8_e4m3fn
 
@@ -196,4 +203,4 @@ def test_few_tokens_load_their_experts_selectively(nxdi: Any, tmp_path: Path) ->
 
     loaded = nxdi.load(many, **settings, expert_wise_scale=True)
 
-    assert max(nxdi.moe_errors(many, loaded)) < WITHIN_FP8
+    nxdi.assert_right(many, loaded)

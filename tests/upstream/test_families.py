@@ -12,6 +12,7 @@ import torch
 
 from nxdi_expertscale import ConfigurationError, quantize_checkpoint
 from tests.harness import models
+from tests.harness.targets import Target
 
 pytestmark = pytest.mark.usefixtures("active")
 
@@ -69,21 +70,41 @@ def experts_of(loaded: Any, family: Family, layer: int) -> Any:
     return loaded.module.get_submodule(f"{family.modules.format(layer)}.mlp_op")
 
 
-def test_unquantized_model_agrees_with_hugging_face(nxdi: Any, family: Family) -> None:
-    errors = nxdi.moe_errors(family.folder, nxdi.load(family.folder))
+@pytest.fixture
+def errors_of(nxdi: Any, target: Target, family: Family) -> Callable[[Any, float], list[float]]:
+    """Assert that nothing of a loaded model is further off; the errors of its MoE blocks."""
+
+    def errors(loaded: Any, within: float) -> list[float]:
+        if target.is_double and family.folder.name == "llama4":
+            # Its layers have experts and nothing else.
+            found: list[float] = nxdi.moe_errors(family.folder, loaded)
+            assert max(found) < within
+            return found
+        return list(nxdi.assert_right(family.folder, loaded, within=within).moe)
+
+    return errors
+
+
+def test_unquantized_model_agrees_with_hugging_face(
+    nxdi: Any, family: Family, errors_of: Callable[[Any, float], list[float]]
+) -> None:
+    errors = errors_of(nxdi.load(family.folder), family.rounding)
 
     assert len(errors) == len(family.layers)
-    assert max(errors) < family.rounding
 
 
 def test_expert_wise_scales_keep_the_model(
-    nxdi: Any, family: Family, fp8: dict[str, Any], record_property: Record
+    nxdi: Any,
+    family: Family,
+    fp8: dict[str, Any],
+    errors_of: Callable[[Any, float], list[float]],
+    record_property: Record,
 ) -> None:
     loaded = nxdi.load(family.folder, **fp8, expert_wise_scale=True)
 
-    errors = nxdi.moe_errors(family.folder, loaded)
+    errors = errors_of(loaded, 0.08)
     record_property("MoE error, expert-wise", max(errors))
-    assert family.rounding < max(errors) < 0.08
+    assert family.rounding < max(errors)
     for layer in family.layers:
         experts = experts_of(loaded, family, layer)
         gate_up = (models.EXPERTS, 1, 2 * models.MOE_INTERMEDIATE_SIZE)
@@ -111,7 +132,12 @@ def test_averaged_scales_lose_the_model(
 
 @pytest.mark.parametrize("world", ["experts", "modules"])
 def test_one_layers_experts_stay_in_full_precision(
-    nxdi: Any, family: Family, fp8: dict[str, Any], tmp_path: Path, world: str
+    nxdi: Any,
+    family: Family,
+    fp8: dict[str, Any],
+    errors_of: Callable[[Any, float], list[float]],
+    tmp_path: Path,
+    world: str,
 ) -> None:
     first, second = family.layers
     name = getattr(family, world).format(first)
@@ -124,7 +150,7 @@ def test_one_layers_experts_stay_in_full_precision(
 
     loaded = nxdi.load(family.folder, **settings, expert_wise_scale=True)
 
-    errors = nxdi.moe_errors(family.folder, loaded)
+    errors = errors_of(loaded, 0.08)
     assert errors[0] < family.rounding < errors[1] < 0.06
     assert not hasattr(experts_of(loaded, family, first).down_proj, "scale")
     assert hasattr(experts_of(loaded, family, second).down_proj, "scale")

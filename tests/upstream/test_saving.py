@@ -19,7 +19,6 @@ from tests.harness import models
 
 pytestmark = pytest.mark.usefixtures("active")
 
-WITHIN_FP8 = 0.06
 MANIFEST = "nxdi_expertscale.json"
 
 
@@ -57,7 +56,7 @@ def test_folder_is_made_and_loads(nxdi: Any, moe: Path, tmp_path: Path) -> None:
 
     assert (tmp_path / "not" / "there" / MANIFEST).is_file()
     loaded = nxdi.load(moe, **settings)
-    assert max(nxdi.moe_errors(moe, loaded)) < WITHIN_FP8
+    nxdi.assert_right(moe, loaded)
 
 
 def test_finished_folder_is_used_as_it_is(
@@ -84,7 +83,7 @@ def test_exclusions_may_be_written_as_either_world_has_them(
     both_worlds = ["layers.0.mlp.experts", "layers.0.mlp.expert_mlps", "mlp.gate"]
     settings = save(nxdi, moe, folder, modules_to_not_convert=both_worlds)
 
-    assert max(nxdi.moe_errors(moe, nxdi.load(moe, **settings))) < WITHIN_FP8
+    nxdi.assert_right(moe, nxdi.load(moe, **settings))
 
 
 def test_folder_of_other_settings_is_refused(nxdi: Any, moe: Path, tmp_path: Path) -> None:
@@ -128,7 +127,7 @@ def test_finished_folder_may_be_the_model_itself(nxdi: Any, moe: Path, tmp_path:
     settings = save(nxdi, folder, folder)
 
     assert state_of(folder) == before
-    assert max(nxdi.moe_errors(moe, nxdi.load(folder, **settings))) < WITHIN_FP8
+    nxdi.assert_right(moe, nxdi.load(folder, **settings))
 
 
 def test_damaged_folder_is_refused(nxdi: Any, moe: Path, tmp_path: Path) -> None:
@@ -250,7 +249,7 @@ def test_pickled_source_goes_to_nxdis_own_step(
     assert [line for line in caplog.messages if "has no safetensors files" in line]
     assert folder.is_dir()
     assert not (folder / MANIFEST).exists()
-    assert max(nxdi.moe_errors(source, nxdi.load(source, **settings))) < WITHIN_FP8
+    nxdi.assert_right(source, nxdi.load(source, **settings))
 
 
 def test_nxdis_own_step_never_writes_over_a_finished_folder(

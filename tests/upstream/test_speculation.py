@@ -14,7 +14,6 @@ from tests.harness.targets import Target
 
 pytestmark = pytest.mark.usefixtures("active")
 
-WITHIN_FP8 = 0.06
 SPECULATION = {
     "enable_fused_speculation": True,
     "speculation_length": 2,
@@ -48,6 +47,13 @@ def quantized_types(model: Any) -> set[str]:
     }
 
 
+def assert_right_but_for_logits(nxdi: Any, moe: Path, model: Any, unquantized: Any) -> None:
+    """Every parameter and MoE block; NxDI runs a model of the two only together with the other."""
+    part = nxdi.LoadedModel(model)
+    assert max(nxdi.parameter_errors(part, unquantized).values()) < nxdi.WITHIN_FP8
+    assert max(nxdi.moe_errors(moe, part)) < nxdi.WITHIN_FP8
+
+
 def test_dense_draft_beside_the_target(
     nxdi: Any,
     application: Any,
@@ -64,7 +70,7 @@ def test_dense_draft_beside_the_target(
     dense = nxdi.application_cls(draft)
     monkeypatch.setattr(dense, "_FUSED_PREFIX", "")
     draft_fp8 = nxdi.quantize(draft, tmp_path / "draft_fp8", not_converted=["lm_head"])
-    alone = nxdi.load(draft, **draft_fp8)
+    alone, unquantized = nxdi.load(draft, **draft_fp8), nxdi.load(moe)
     config = nxdi.inference_config(moe, **nxdi.quantize(moe, tmp_path / "fp8"), **SPECULATION)
     draft_config = dense.get_config_cls()(
         draft_settings(config), load_config=nxdi.load_pretrained_config(str(draft))
@@ -82,7 +88,7 @@ def test_dense_draft_beside_the_target(
     drafting, verifying = loaded.module.draft_model, loaded.module.target_model
     assert quantized_types(drafting) == {"per_channel_symmetric"}
     assert nxdi.different_tensors(drafting.state_dict(), alone.module.state_dict()) == []
-    assert max(nxdi.moe_errors(moe, nxdi.LoadedModel(verifying))) < WITHIN_FP8
+    assert_right_but_for_logits(nxdi, moe, verifying, unquantized)
 
 
 def test_moe_draft_beside_the_target(
@@ -90,6 +96,7 @@ def test_moe_draft_beside_the_target(
 ) -> None:
     from neuronx_distributed_inference.models.config import FusedSpecNeuronConfig
 
+    unquantized = nxdi.load(moe)
     settings = nxdi.quantize(moe, tmp_path / "fp8")
     config = nxdi.inference_config(moe, **settings, **SPECULATION)
     draft_config = nxdi.application_cls(moe).get_config_cls()(
@@ -108,5 +115,5 @@ def test_moe_draft_beside_the_target(
             "per_channel_symmetric",
             "expert_wise_per_channel_symmetric",
         }
-        assert max(nxdi.moe_errors(moe, nxdi.LoadedModel(model))) < WITHIN_FP8
+        assert_right_but_for_logits(nxdi, moe, model, unquantized)
         assert model.layers[0].mlp.expert_mlps.mlp_op.down_proj.scale.dtype == torch.float32

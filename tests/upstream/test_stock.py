@@ -18,9 +18,7 @@ EXPERT_WISE = "expert_wise_per_channel_symmetric"
 def test_unquantized_model_agrees_with_hugging_face(nxdi: Any, moe: Path) -> None:
     loaded = nxdi.load(moe)
 
-    with_hugging_face = models.load(moe)(models.prompt()).logits[:, -1]
-    assert nxdi.relative_error(loaded.logits(models.prompt()), with_hugging_face) < ROUNDING
-    assert max(nxdi.moe_errors(moe, loaded)) < ROUNDING
+    nxdi.assert_right(moe, loaded, within=ROUNDING)
 
 
 def test_quantized_experts_cannot_be_loaded(nxdi: Any, moe: Path, tmp_path: Path) -> None:
@@ -36,7 +34,7 @@ def test_experts_in_full_precision_are_exact(nxdi: Any, moe: Path, tmp_path: Pat
 
     loaded = nxdi.load(moe, **settings)
 
-    assert max(nxdi.moe_errors(moe, loaded)) < ROUNDING
+    assert max(nxdi.assert_right(moe, loaded).moe) < ROUNDING
     attention = loaded.module.layers[0].self_attn.qkv_proj.q_proj
     assert attention.weight.dtype == torch.float8_e4m3fn
 

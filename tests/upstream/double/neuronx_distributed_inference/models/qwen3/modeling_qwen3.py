@@ -46,7 +46,8 @@ def convert_qwen3_hf_to_neuron_state_dict(
         attention = f"layers.{layer}.self_attn"
         state_dict[f"{attention}.rank_util.rank"] = ranks.clone()
         for name in ("q", "k"):
-            weight = state_dict.pop(f"{attention}.{name}_norm.weight")
+            # Left where it is, as the real one leaves it.
+            weight = state_dict[f"{attention}.{name}_norm.weight"].clone()
             state_dict[f"{attention}.{name}_layernorm.weight"] = weight
     return state_dict
 
