@@ -2,7 +2,7 @@
 
 Each rule is data: its name, where it applies, what is wrong and what to write instead. The texts
 are templates for the values that the rule finds; the README's list of what is refused
-(``settings/rules_table.py``) is made of them.
+(``tests/unit/rules_table.py``) is made of them.
 """
 
 from __future__ import annotations

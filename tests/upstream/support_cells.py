@@ -19,6 +19,7 @@ from nxdi_expertscale import quantize_checkpoint
 from nxdi_expertscale.errors import ExpertScaleError
 from tests.harness import expert_groups, models, processes
 from tests.harness.targets import Target
+from tests.harness.whole_model import Comparison
 from tests.upstream import support_table
 from tests.upstream.support_table import Cell, Row
 from tests.upstream.test_kernels import (
@@ -86,6 +87,14 @@ NOT_IN_RELEASE = Cell("not in this release")
 def expert_wise(nxdi: Any, checkpoint: Path, fp8: dict[str, Any], **settings: Any) -> Cell:
     loaded = nxdi.load(checkpoint, **{**fp8, "expert_wise_scale": True, **settings})
     return runs(nxdi.moe_errors(checkpoint, loaded))
+
+
+def whole_model(
+    nxdi: Any, checkpoint: Path, fp8: dict[str, Any], *, expert_wise: bool
+) -> Comparison:
+    loaded = nxdi.load(checkpoint, **fp8, expert_wise_scale=expert_wise)
+    found: Comparison = nxdi.compare(checkpoint, loaded)
+    return found
 
 
 def in_dtype(nxdi: Any, checkpoint: Path, name: str) -> Cell:
@@ -236,6 +245,12 @@ def measure(
             cell = expert_wise(nxdi, checkpoint, fp8)
         case "one rank, flag off":
             cell = expert_wise(nxdi, checkpoint, fp8, expert_wise_scale=False)
+        case "logits" | "logits, flag off":
+            found = whole_model(nxdi, checkpoint, fp8, expert_wise=row.mode == "logits")
+            cell = runs([found.logits])
+        case "parameters":
+            found = whole_model(nxdi, checkpoint, fp8, expert_wise=True)
+            cell = runs([*found.parameters.values()])
         case "tensor parallel":
             cell = on_ranks(nxdi, target, checkpoint, {**fp8, "moe_tp_degree": RANKS}, store)
         case "expert parallel" if reads_settings:

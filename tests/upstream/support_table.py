@@ -28,7 +28,10 @@ _TOLERANCE = 0.002
 
 MODES = {
     "one rank": "one scale per expert",
+    "logits": "one scale per expert: logits of the whole model",
+    "parameters": "one scale per expert: the worst parameter, dequantized",
     "one rank, flag off": "flag off: the average of the experts' scales",
+    "logits, flag off": "flag off: logits of the whole model",
     "tensor parallel": "tensor parallel, 2 ranks",
     "expert parallel": "expert parallel, 2 ranks",
     "expert parallel, flag off": "expert parallel, flag off",
@@ -64,7 +67,8 @@ class Cell:
 
     Attributes:
         outcome: ``runs``, ``refused`` or ``not in this release``.
-        error: Of the layers' outputs against Hugging Face, where it runs.
+        error: Of the layers' outputs against Hugging Face, or of what the mode names, where it
+            runs.
         message: What it is refused with.
     """
 
