@@ -11,6 +11,7 @@ from nxdi_expertscale.diagnostics.packages import (
     NXDI,
     VLLM,
     check_packages,
+    check_vllm,
     installed_versions,
 )
 from nxdi_expertscale.diagnostics.probe import Probe
@@ -69,6 +70,7 @@ def judge(found: Probe) -> Examination:
     has_vllm = versions[VLLM] is not None
     findings = [
         *check_packages(versions),
+        *(check_vllm(versions) if found.vllm_neuron_uses_nxdi else ()),
         *check_imports(found),
         *check_seams(found),
         *check_ways_in(found, has_vllm=has_vllm),
@@ -78,7 +80,12 @@ def judge(found: Probe) -> Examination:
     warnings = tuple(finding.text for finding in findings if not finding.is_problem)
     return Examination(
         works=not problems,
-        verdict=_verdict(problems, warnings, versions[NXDI]),
+        verdict=_verdict(
+            problems,
+            warnings,
+            versions[NXDI],
+            is_native=found.vllm_neuron_uses_nxdi is False,
+        ),
         problems=problems,
         warnings=warnings,
         packages=versions,
@@ -89,7 +96,15 @@ def judge(found: Probe) -> Examination:
     )
 
 
-def _verdict(problems: Sequence[str], warnings: Sequence[str], nxdi: str | None) -> str:
+def _verdict(
+    problems: Sequence[str], warnings: Sequence[str], nxdi: str | None, *, is_native: bool
+) -> str:
+    if is_native:
+        directly = "no" if problems else "yes"
+        return (
+            "no with vLLM: the native vLLM-Neuron has no NxDI, and refuses this checkpoint; "
+            f"{directly} without it, with NxDI {nxdi or '(which is not here)'}"
+        )
     if problems:
         return f"no: expert_wise_scale will not work here ({_count(problems, 'problem')})"
     hedge = f", with {_count(warnings, 'warning')}" if warnings else ""

@@ -8,16 +8,24 @@ from collections.abc import Iterator, Mapping
 
 from nxdi_expertscale.diagnostics import probe
 from nxdi_expertscale.diagnostics.findings import Finding, problem, warning
-from nxdi_expertscale.diagnostics.releases import RELEASES, minor_version, release_of
+from nxdi_expertscale.diagnostics.releases import (
+    RELEASES,
+    VLLM_NEURON_RELEASES,
+    WITHOUT_SOURCES,
+    minor_version,
+    release_of,
+    vllm_neuron_release_of,
+)
 from nxdi_expertscale.version import __version__
 
 NXDI = "neuronx-distributed-inference"
 NXD = "neuronx-distributed"
 TORCH_NEURONX = "torch-neuronx"
 VLLM = "vllm"
+VLLM_NEURON = "vllm-neuron"
 NEURON_INDEX = "https://pip.repos.neuron.amazonaws.com"
 
-_DISTRIBUTIONS = ("torch", "transformers", NXDI, NXD, TORCH_NEURONX, VLLM, "vllm-neuron")
+_DISTRIBUTIONS = ("torch", "transformers", NXDI, NXD, TORCH_NEURONX, VLLM, VLLM_NEURON)
 
 
 def installed_versions(from_sources: Mapping[str, str]) -> dict[str, str | None]:
@@ -59,16 +67,52 @@ def check_packages(versions: Mapping[str, str | None]) -> Iterator[Finding]:
         return
     release = release_of(nxdi)
     if release is None:
-        first, last = RELEASES[0].nxdi, RELEASES[-1].nxdi
-        yield warning(
-            f"NxDI {nxdi} is not a release that was tested ({first} to {last}): what counts is "
-            "whether its seams fit"
-        )
+        yield _of_no_tested_release(nxdi)
     elif nxd is not None and minor_version(nxd) != release.nxd:
         yield warning(
             f"NxDI {nxdi} belongs to NxD {release.nxd} (Neuron SDK {release.sdk}), and NxD {nxd} "
             "is installed"
         )
+
+
+def check_vllm(versions: Mapping[str, str | None]) -> Iterator[Finding]:
+    """Check that vLLM, a vLLM-Neuron that uses NxDI, and NxDI belong together.
+
+    Args:
+        versions: What :func:`installed_versions` gave.
+    """
+    vllm, neuron, nxdi = versions[VLLM], versions[VLLM_NEURON], versions[NXDI]
+    if vllm is None or neuron is None:
+        return
+    release = vllm_neuron_release_of(neuron)
+    if release is None:
+        tested = ", ".join(item.version for item in VLLM_NEURON_RELEASES)
+        yield warning(f"vLLM-Neuron {neuron} is not a release that was tested ({tested})")
+        return
+    if minor_version(vllm) != minor_version(release.vllm):
+        yield warning(
+            f"vLLM-Neuron {neuron} belongs to vLLM {release.vllm} (Neuron SDK {release.sdk}), and "
+            f"vLLM {vllm} is installed"
+        )
+    if nxdi is not None and minor_version(nxdi) not in release.nxdi:
+        yield warning(
+            f"vLLM-Neuron {neuron} belongs to NxDI {' or '.join(release.nxdi)} (Neuron SDK "
+            f"{release.sdk}), and NxDI {nxdi} is installed"
+        )
+
+
+def _of_no_tested_release(nxdi: str) -> Finding:
+    first, last = RELEASES[0].nxdi, RELEASES[-1].nxdi
+    sdk = WITHOUT_SOURCES.get(minor_version(nxdi) or "")
+    if sdk is not None:
+        return warning(
+            f"NxDI {nxdi} is of Neuron SDK {sdk}, whose sources are not public: it could not be "
+            f"tested ({first} to {last} were), and what counts is whether its seams fit"
+        )
+    return warning(
+        f"NxDI {nxdi} is not a release that was tested ({first} to {last}): what counts is "
+        "whether its seams fit"
+    )
 
 
 def _distribution(name: str) -> importlib.metadata.Distribution | None:

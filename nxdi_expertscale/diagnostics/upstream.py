@@ -12,6 +12,12 @@ from nxdi_expertscale.hooking.patch import State
 from nxdi_expertscale.patches import seams
 from nxdi_expertscale.plugins.registry import families_in_force
 
+NATIVE_VLLM_NEURON = (
+    "this vLLM-Neuron is the native one (Neuron SDK 2.32 on), which does not run models through "
+    "NxDI: it has no expert_wise_scale, and refuses this checkpoint; serve with vLLM-Neuron 0.2.0 "
+    "to 0.5.0 (Neuron SDK 2.26 to 2.31), or with NxDI itself"
+)
+
 
 def check_imports(found: Probe) -> Iterator[Finding]:
     """Check that NxDI could be imported, and that vLLM-Neuron runs models through it."""
@@ -25,10 +31,7 @@ def check_imports(found: Probe) -> Iterator[Finding]:
     if probe.VLLM_NEURON in found.failures:
         yield warning(f"vLLM-Neuron cannot be imported: {found.failures[probe.VLLM_NEURON]}")
     elif found.vllm_neuron_uses_nxdi is False:
-        yield warning(
-            "this vLLM-Neuron does not run models through NxDI: with it there is nothing to "
-            "patch, and expert_wise_scale is unknown"
-        )
+        yield warning(NATIVE_VLLM_NEURON)
 
 
 def check_seams(found: Probe) -> Iterator[Finding]:

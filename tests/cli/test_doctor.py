@@ -178,7 +178,7 @@ def test_vllm_neuron_without_nxdi_is_said(own_installation: Environment, uses_nx
 
     _, answer = diagnosis(own_installation)
 
-    assert ("nothing to patch" in " ".join(answer["warnings"])) == (not uses_nxdi)
+    assert ("the native one" in " ".join(answer["warnings"])) == (not uses_nxdi)
 
 
 def test_start_up_file_that_is_not_read_is_said(own_installation: Environment) -> None:

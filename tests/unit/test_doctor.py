@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Callable, Mapping
 
 import pytest
 
 from nxdi_expertscale.activation import status
-from nxdi_expertscale.diagnostics import doctor, probe
+from nxdi_expertscale.diagnostics import doctor, packages, probe
 from nxdi_expertscale.diagnostics.probe import Probe
 from nxdi_expertscale.diagnostics.releases import Release
 from nxdi_expertscale.hooking.patch import State
@@ -33,13 +35,93 @@ def test_tested_release_has_no_warning() -> None:
     assert answer.release == Release("0.9", "0.18", "2.29")
 
 
-@pytest.mark.parametrize("version", ["0.10.1", "1.0", "0.4.2"])
+@pytest.mark.parametrize("version", ["0.11.1", "1.0", "0.4.2"])
 def test_other_release_is_tried_with_a_warning(version: str) -> None:
     answer = doctor.judge(healthy(version))
 
     assert (answer.works, answer.release) == (True, None)
     (warning,) = answer.warnings
     assert f"NxDI {version} is not a release that was tested (0.5 to 0.9)" in warning
+
+
+@pytest.mark.parametrize("version", ["0.10.17970", "0.10.18399"])
+def test_release_without_public_sources_is_tried_seam_by_seam(version: str) -> None:
+    answer = doctor.judge(healthy(version, nxd="0.19.0"))
+
+    assert (answer.works, answer.release) == (True, None)
+    (warning,) = answer.warnings
+    assert f"NxDI {version} is of Neuron SDK 2.30 and 2.31" in warning
+    assert answer.verdict.startswith("yes, with 1 warning")
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let distributions of these versions be installed."""
+
+    def install(**versions: str) -> None:
+        found = {name.replace("_", "-"): version for name, version in versions.items()}
+        before = packages.installed_versions
+
+        def installed(from_sources: Mapping[str, str]) -> dict[str, str | None]:
+            return {**before(from_sources), **found}
+
+        monkeypatch.setattr(doctor, "installed_versions", installed)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("neuron", "vllm", "nxdi"),
+    [
+        ("0.2.0", "0.11.0", "0.7.1"),
+        ("0.2.0", "0.11.0", "0.6.1"),
+        ("0.2.2+lts", "0.11.0", "0.7.1"),
+        ("0.4.1", "0.13.0", "0.8.1"),
+        ("0.5.0", "0.16.0", "0.9.1"),
+    ],
+)
+def test_releases_of_vllm_neuron_that_belong_to_these_have_no_warning(
+    install: Callable[..., None], neuron: str, vllm: str, nxdi: str
+) -> None:
+    install(vllm=vllm, vllm_neuron=neuron)
+    nxd = {"0.6": "0.15", "0.7": "0.16", "0.8": "0.17", "0.9": "0.18"}[nxdi[:3]]
+
+    answer = doctor.judge(dataclasses.replace(healthy(nxdi, nxd), vllm_neuron_uses_nxdi=True))
+
+    assert (answer.works, answer.warnings) == (True, ())
+
+
+@pytest.mark.parametrize(
+    ("neuron", "vllm", "nxdi", "expected"),
+    [
+        ("0.5.0", "0.13.0", "0.9.1", "vLLM-Neuron 0.5.0 belongs to vLLM 0.16.0"),
+        ("0.4.1", "0.13.0", "0.9.1", r"vLLM-Neuron 0.4.1 belongs to NxDI 0.8 \(Neuron SDK 2.28\)"),
+        ("0.6.0", "0.16.0", "0.9.1", "vLLM-Neuron 0.6.0 is not a release that was tested"),
+    ],
+)
+def test_what_does_not_belong_together_is_a_warning(
+    install: Callable[..., None], neuron: str, vllm: str, nxdi: str, expected: str
+) -> None:
+    install(vllm=vllm, vllm_neuron=neuron)
+
+    answer = doctor.judge(dataclasses.replace(healthy(nxdi), vllm_neuron_uses_nxdi=True))
+
+    assert answer.works
+    (warning,) = answer.warnings
+    assert re.match(expected, warning)
+
+
+def test_native_vllm_neuron_is_a_verdict_of_its_own(install: Callable[..., None]) -> None:
+    install(vllm="0.24.0", vllm_neuron="1.0.0")
+
+    answer = doctor.judge(dataclasses.replace(healthy("0.9.1"), vllm_neuron_uses_nxdi=False))
+
+    assert answer.verdict == (
+        "no with vLLM: the native vLLM-Neuron has no NxDI, and refuses this checkpoint; yes "
+        "without it, with NxDI 0.9.1"
+    )
+    (warning,) = answer.warnings
+    assert "serve with vLLM-Neuron 0.2.0 to 0.5.0 (Neuron SDK 2.26 to 2.31)" in warning
 
 
 def test_nxd_of_another_release_is_a_warning() -> None:
