@@ -44,6 +44,8 @@ class _Guard:
         self.output: Path | None = None
         self.faults: list[str] = []
         sys.addaudithook(self._hook)
+        # The interpreter's own writing, when a reader imports something for the first time.
+        sys.dont_write_bytecode = True
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.output is None:
@@ -94,7 +96,7 @@ def guarded(output: Path) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, alarm)
         resource.setrlimit(resource.RLIMIT_AS, before)
-    assert not _GUARD.faults, _GUARD.faults
+    assert not _GUARD.faults, list(_GUARD.faults)
 
 
 def _too_long(*_: object) -> None:
