@@ -306,7 +306,8 @@ def with_a_damaged_shard(ground: Ground) -> int:
     """A byte of a file that a run left unfinished is another one when it goes on."""
     status = finished(ground, _stop_at, ground.chance.uniform(0.3, 1), signal.SIGKILL)
     shards = sorted((ground.dst / WORK).glob("*.safetensors"))
-    if shards:
+    # One that was just begun may have no byte yet.
+    if shards := [path for path in shards if path.stat().st_size]:
         _change_with_times_kept(ground.chance.choice(shards), _flipped(ground.chance))
     return status
 
