@@ -8,6 +8,13 @@ from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.unsupported import find_unsupported
 
+HOW_TO_DECLARE = (
+    "A model with experts that NxDI runs, or a contribution to it, becomes supported by a plugin "
+    "that declares a MoEFamily for it, which is names and no code (CONTRIBUTING.md, 'Adding a "
+    "model')"
+)
+"""What a user of an unknown model can do."""
+
 
 def family_of(
     model_type: str | None, families: Sequence[MoEFamily], modules: Collection[str] = ()
@@ -45,7 +52,7 @@ def require_family(model_type: str | None, families: Sequence[MoEFamily], where:
         known = ", ".join(sorted(_model_types(families))) or "none"
         raise CheckpointError(
             f"{where}: model_type {model_type!r} is not a mixture-of-experts model that is "
-            f"supported; supported are: {known}"
+            f"supported; supported are: {known}. {HOW_TO_DECLARE}"
         )
     return family
 

@@ -13,6 +13,7 @@ import torch
 from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.exclusions import are_experts_excluded, is_excluded
+from nxdi_expertscale.families.lookup import HOW_TO_DECLARE
 from nxdi_expertscale.loading.layout import LayoutError
 from nxdi_expertscale.settings.settings import FLAG, PER_CHANNEL, Settings
 
@@ -166,7 +167,7 @@ def check_family(settings: Settings) -> MoEFamily:
         name = None if settings.model is None else settings.model.name
         raise ConfigurationError(
             f"{FLAG}=True is not supported for this model ({name!r}): no plugin declares its "
-            "family; turn the flag off, or add a plugin for it"
+            f"family; turn the flag off. {HOW_TO_DECLARE}"
         )
     return settings.family
 

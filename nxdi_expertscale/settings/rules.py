@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from nxdi_expertscale.errors import ConfigurationError
+from nxdi_expertscale.families.config_fields import first_int
 from nxdi_expertscale.families.exclusions import (
     PartOfAttention,
     PartOfExperts,
@@ -23,6 +24,7 @@ from nxdi_expertscale.families.exclusions import (
     is_name,
 )
 from nxdi_expertscale.families.limits import Effect, ReachedLimit
+from nxdi_expertscale.families.lookup import HOW_TO_DECLARE
 from nxdi_expertscale.families.unsupported import find_unsupported
 from nxdi_expertscale.settings.expert_parallel import find_short_context, find_unrunnable_call
 from nxdi_expertscale.settings.settings import FLAG, PER_CHANNEL, Settings, Upstream
@@ -182,6 +184,18 @@ def _unsupported_model(settings: Settings) -> Values | None:
     return {"model": repr(model.name), "reason": found.reason, "remedy": found.remedy}
 
 
+_COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What published models call the number of a layer's experts."""
+
+
+def _unknown_model(settings: Settings) -> Values | None:
+    model = settings.model
+    if model is None or settings.family is not None or _unsupported_model(settings) is not None:
+        return None
+    experts = first_int(model.config, _COUNTS_OF_EXPERTS) or 0
+    return {"model": repr(model.name)} if experts > 1 else None
+
+
 def _reached_limit(counts: Callable[[Effect], bool]) -> Callable[[Settings], Values | None]:
     def find(settings: Settings) -> Values | None:
         reached = next((r for r in _reached_limits(settings) if counts(r.limit.effect)), None)
@@ -330,6 +344,16 @@ RULES: tuple[Rule, ...] = (
         find=_unsupported_model,
         problem=f"{FLAG}=True is not supported for {{model}}: {{reason}}",
         remedy="{remedy}",
+    ),
+    Rule(
+        name="unknown_model",
+        scope=Scope.EXPERT_WISE,
+        find=_unknown_model,
+        problem=(
+            f"{FLAG}=True is not supported for {{model}}: it has experts, and no plugin declares "
+            "its family"
+        ),
+        remedy=f"turn {FLAG} off. {HOW_TO_DECLARE}",
     ),
     Rule(
         name="quantization_type",

@@ -62,6 +62,18 @@ APPLIES: dict[str, list[Case]] = {
         case("not supported for 'dbrx': NxDI's converter", model={"model_type": "dbrx"}),
         case("in no other form; run the original", model={"model_type": "gpt_oss"}),
     ],
+    "unknown_model": [
+        case(
+            "not supported for 'olmoe': it has experts, and no plugin declares its family; turn "
+            "expert_wise_scale off. A model with experts",
+            model={"model_type": "olmoe", **counts},
+        )
+        for counts in (
+            {"num_experts": 64},
+            {"num_experts": None, "n_routed_experts": 8},
+            {"num_experts": None, "num_local_experts": 2},
+        )
+    ],
     "quantization_type": [
         case(
             f"needs quantization_type='per_channel_symmetric', not {found!r}; set it to",
@@ -209,6 +221,12 @@ FINE: dict[str, list[Case]] = {
         case("", OFF, {"model_type": "dbrx"}),
         case("", {"quantized": False}, {"model_type": "dbrx"}),
         case("", model={"model_type": "qwen3"}),
+    ],
+    "unknown_model": [
+        case("", OFF, {"model_type": "olmoe", "num_experts": 64}),
+        case("", {"quantized": False}, {"model_type": "olmoe", "num_experts": 64}),
+        case("", model={"model_type": "qwen3", "num_experts": None}),
+        case("", model={"model_type": "qwen3", "num_experts": None, "num_local_experts": 1}),
     ],
     "quantization_type": [
         case(),
