@@ -130,17 +130,17 @@ def test_averaged_scales_lose_the_model(
     assert scale.shape == (1, 1, models.HIDDEN_SIZE)
 
 
-@pytest.mark.parametrize("world", ["experts", "modules"])
+@pytest.mark.parametrize("naming", ["experts", "modules"])
 def test_one_layers_experts_stay_in_full_precision(
     nxdi: Any,
     family: Family,
     fp8: dict[str, Any],
     errors_of: Callable[[Any, float], list[float]],
     tmp_path: Path,
-    world: str,
+    naming: str,
 ) -> None:
     first, second = family.layers
-    name = getattr(family, world).format(first)
+    name = getattr(family, naming).format(first)
     quantize_checkpoint(family.folder, tmp_path / "fp8", modules_to_not_convert=[name])
     settings = {
         **fp8,

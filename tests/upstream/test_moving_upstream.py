@@ -34,10 +34,10 @@ def settings(
 ) -> dict[str, dict[str, Any]]:
     """Settings for checkpoints in full precision, with its experts alone so, and quantized."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    both_worlds = [nxdi.ROUTER, "mlp.experts", "mlp.expert_mlps"]
+    under_both_names = [nxdi.ROUTER, "mlp.experts", "mlp.expert_mlps"]
     return {
         "full": {},
-        "kept": nxdi.quantize(moe, folder / "kept", not_converted=both_worlds),
+        "kept": nxdi.quantize(moe, folder / "kept", not_converted=under_both_names),
         "fp8": nxdi.quantize(moe, folder / "fp8"),
         "router": nxdi.quantize(moe, folder / "router", not_converted=["lm_head"]),
     }

@@ -80,8 +80,8 @@ def test_exclusions_may_be_written_as_either_world_has_them(
     folder = tmp_path / "fp8"
     save(nxdi, moe, folder, modules_to_not_convert=["layers.0.mlp.experts"])
 
-    both_worlds = ["layers.0.mlp.experts", "layers.0.mlp.expert_mlps", "mlp.gate"]
-    settings = save(nxdi, moe, folder, modules_to_not_convert=both_worlds)
+    under_both_names = ["layers.0.mlp.experts", "layers.0.mlp.expert_mlps", "mlp.gate"]
+    settings = save(nxdi, moe, folder, modules_to_not_convert=under_both_names)
 
     nxdi.assert_right(moe, nxdi.load(moe, **settings))
 

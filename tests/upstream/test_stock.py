@@ -29,8 +29,8 @@ def test_quantized_experts_cannot_be_loaded(nxdi: Any, moe: Path, tmp_path: Path
 
 
 def test_experts_in_full_precision_are_exact(nxdi: Any, moe: Path, tmp_path: Path) -> None:
-    both_worlds = [nxdi.ROUTER, "mlp.experts", "mlp.expert_mlps"]
-    settings = nxdi.quantize(moe, tmp_path / "fp8", not_converted=both_worlds)
+    under_both_names = [nxdi.ROUTER, "mlp.experts", "mlp.expert_mlps"]
+    settings = nxdi.quantize(moe, tmp_path / "fp8", not_converted=under_both_names)
 
     loaded = nxdi.load(moe, **settings)
 
