@@ -271,17 +271,42 @@ def inspect(*, checkpoint: Path, plot: Path | None, workers: int | None, as_json
 @click.option(
     "--seq-len", metavar="N", type=click.IntRange(min=1), help="Longest sequence, in tokens."
 )
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["json", "vllm", "nxdi"]),
+    default="json",
+    show_default=True,
+    help="JSON for both, vLLM's command, or Python for NxDI.",
+)
+@click.option(
+    "--model",
+    metavar="NAME",
+    help="Where config and tokenizer are read from; by default DST, which has both.",
+)
 def neuron_config(
-    *, dst: Path, tp_degree: int | None, batch_size: int | None, seq_len: int | None
+    *,
+    dst: Path,
+    tp_degree: int | None,
+    batch_size: int | None,
+    seq_len: int | None,
+    form: str,
+    model: str | None,
 ) -> None:
     """Print the settings that load DST.
 
-    DST is a finished checkpoint. The settings are JSON, those for NxDI and those for vLLM.
+    DST is a finished checkpoint. They are JSON, or what is to be typed or pasted.
     """
     from nxdi_expertscale.checkpoint import neuron_settings
+    from nxdi_expertscale.cli import launch
 
     settings = neuron_settings(dst, tp_degree=tp_degree, batch_size=batch_size, seq_len=seq_len)
-    print_report(to_json(settings))
+    name = model or settings.override_neuron_config["quantized_checkpoints_path"]
+    if form == "json":
+        print_report(to_json(settings))
+    else:
+        write = launch.vllm_command if form == "vllm" else launch.nxdi_program
+        print_report(write(settings, name))
 
 
 @cli.command()

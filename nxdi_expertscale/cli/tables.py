@@ -32,18 +32,23 @@ MOST_LAYERS = 256
 _Row = TypeVar("_Row")
 
 
+def count(number: int, what: str) -> str:
+    """A number of things, such as ``1 file`` or ``2 files``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def quantization_summary(result: QuantizationResult) -> str:
     """Format what ``quantize`` made, in a few lines."""
     rows = {
         "before": filesize.decimal(result.source_bytes),
-        "after": f"{filesize.decimal(result.output_bytes)} in {result.shards} files",
+        "after": f"{filesize.decimal(result.output_bytes)} in {count(result.shards, 'file')}",
         "time": f"{result.seconds:.1f} s",
-        **{kind: f"{count} tensors" for kind, count in result.tensors.items()},
+        **{kind: count(number, "tensor") for kind, number in result.tensors.items()},
     }
     if result.modules_to_not_convert:
         rows["in full precision"] = listed(result.modules_to_not_convert)
     if result.resumed_shards:
-        rows["from an earlier run"] = f"{result.resumed_shards} files"
+        rows["from an earlier run"] = count(result.resumed_shards, "file")
     if result.below_floor:
         rows["too small for FP8"] = listed(result.below_floor)
     return f"{result.destination}\n{_pairs(rows)}"
@@ -90,10 +95,10 @@ def verification_summary(result: Verification) -> str:
                 _decibels(layer.worst_snr_db),
             )
         lines.append(_rendered(table) + _more_layers(rest))
-    verdict = f"{len(result.faults)} faults" if result.faults else "good"
+    verdict = count(len(result.faults), "fault") if result.faults else "good"
     lines.append(
         f"{_line(str(result.folder))}: {verdict} "
-        f"({result.files} files, {result.quantized} quantized weights)"
+        f"({count(result.files, 'file')}, {count(result.quantized, 'quantized weight')})"
     )
     return "\n".join(lines)
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import pytest
 from click.testing import CliRunner
@@ -59,6 +64,51 @@ def test_neuron_config_has_the_exclusions_under_both_names(folders: tuple[Path, 
     excluded = set(settings["override_neuron_config"]["modules_to_not_convert"])
     assert settings["neuron_config"]["tp_degree"] == 4
     assert {"layers.0.mlp.experts", "layers.0.mlp.expert_mlps"} <= excluded
+
+
+def test_neuron_config_is_vllms_command_line(folders: tuple[Path, Path]) -> None:
+    sizes = ["--tp-degree", "4", "--batch-size", "8", "--seq-len", "512"]
+
+    result = CliRunner().invoke(cli, ["neuron-config", str(folders[1]), "--format", "vllm", *sizes])
+
+    (line,) = result.stdout.splitlines()
+    *command, override = shlex.split(line)
+    assert command == [
+        *("vllm", "serve", str(folders[1]), "--tensor-parallel-size", "4"),
+        *("--max-model-len", "512", "--max-num-seqs", "8", "--no-enable-prefix-caching"),
+        "--additional-config",
+    ]
+    plain = CliRunner().invoke(cli, ["neuron-config", str(folders[1]), *sizes])
+    settings = json.loads(plain.stdout)["override_neuron_config"]
+    assert json.loads(override) == {"override_neuron_config": settings}
+
+
+def test_neuron_config_names_the_model_that_it_is_told_to(folders: tuple[Path, Path]) -> None:
+    arguments = ["neuron-config", str(folders[1]), "--format", "vllm", "--model", "a model's"]
+
+    result = CliRunner().invoke(cli, arguments)
+
+    assert shlex.split(result.stdout)[:3] == ["vllm", "serve", "a model's"]
+
+
+def test_neuron_config_is_python_for_nxdi(folders: tuple[Path, Path]) -> None:
+    result = CliRunner().invoke(
+        cli, ["neuron-config", str(folders[1]), "--format", "nxdi", "--seq-len", "128"]
+    )
+
+    found: dict[str, Any] = {}
+    config = ModuleType("neuronx_distributed_inference.models.config")
+    config.MoENeuronConfig = dict  # type: ignore[attr-defined]
+    adapter = ModuleType("neuronx_distributed_inference.utils.hf_adapter")
+    adapter.load_pretrained_config = str  # type: ignore[attr-defined]
+    stubs = {module.__name__: module for module in (config, adapter)}
+    packages = {name.rpartition(".")[0]: ModuleType("") for name in stubs}
+    packages["neuronx_distributed_inference"] = ModuleType("")
+    with mock.patch.dict(sys.modules, {**packages, **stubs}):
+        exec(result.stdout, found)
+    plain = CliRunner().invoke(cli, ["neuron-config", str(folders[1]), "--seq-len", "128"])
+    assert found["neuron_config"] == json.loads(plain.stdout)["neuron_config"]
+    assert found["load_config"] == str(folders[1])
 
 
 @pytest.mark.parametrize("command", ["inspect", "neuron-config"])

@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from nxdi_expertscale.checkpoint import read_manifest
+from nxdi_expertscale.cli.commands import cli
 from tests.harness import readme
 from tests.server.conftest import Answers, Host
 from tests.server.served import PROMPTS, TOKENS, tokens_of
@@ -59,3 +61,17 @@ def test_readmes_command(host: Host, place: Path, answers: Answers) -> None:
         assert server.complete_at_once(PROMPTS, TOKENS) == expected
         assert server.lines("Successfully loaded pre-compiled model artifacts")
     assert state(place / FOLDER) == made
+
+
+def test_command_that_neuron_config_prints_serves_the_folder_alone(
+    host: Host, fp8: Path, answers: Answers
+) -> None:
+    """Without the original, and with nothing added."""
+    folder = shutil.copytree(fp8, host.folder / "fp8")
+    printed = CliRunner().invoke(
+        cli, ["neuron-config", str(folder), "--format", "vllm", "--seq-len", "128"]
+    )
+
+    with serve(shlex.split(printed.stdout), host.environment(), host.folder, str(folder)) as server:
+        assert server.complete_at_once(PROMPTS, TOKENS) == answers.of("expert-wise", "float32")
+        assert server.lines("FP8 experts")

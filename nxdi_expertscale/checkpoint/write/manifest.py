@@ -97,6 +97,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         CheckpointError: The folder has none, or one that this version cannot read.
     """
     path = Path(folder)
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such folder")
     if not (path / MANIFEST).is_file():
         raise CheckpointError(
             f"{path}: was not made by nxdi-expertscale quantize, or is not finished: it has no "
