@@ -1,11 +1,13 @@
 """The README's support table: written from a run on the real sources, never by hand.
 
 ``python -m tests.upstream.support_table`` runs every cell (``support_cells.py``) on the releases
-that ``NXDI_EXPERTSCALE_UPSTREAM`` names, and puts the table between the README's markers.
+that ``NXDI_EXPERTSCALE_UPSTREAM`` names, and puts the table between the README's markers. With
+``--mode logits``, which can be given again, the other modes stay as the README has them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -95,6 +97,12 @@ def being_written() -> bool:
     return _WRITING_VARIABLE in os.environ
 
 
+def is_to_run(row: Row) -> bool:
+    """Whether a run is about this row: all of them, or those whose modes are to be written."""
+    modes = json.loads(os.environ.get(_WRITING_VARIABLE, "null"))
+    return row in ROWS and (not modes or row.mode in modes)
+
+
 def render(cells: Cells) -> str:
     """The table in Markdown, and the messages of what is refused."""
     releases = sorted({release for release, _ in cells})
@@ -155,10 +163,13 @@ class _Collector:
 
 def main() -> int:
     """Run every cell, and write the table; 1 if a run failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.upstream.support_table")
+    parser.add_argument("--mode", action="append", choices=MODES, default=[])
+    modes = parser.parse_args().mode
     if len(targets.all_targets()) == 1:
         print(f"{targets.UPSTREAM_VARIABLE} names no release", file=sys.stderr)
         return 2
-    os.environ[_WRITING_VARIABLE] = "1"
+    os.environ[_WRITING_VARIABLE] = json.dumps(modes)
     collector = _Collector()
     cells: Any = Path(__file__).with_name("support_cells.py")
     status = pytest.main([str(cells), "-q", "-W", "ignore"], plugins=[collector])
@@ -170,7 +181,8 @@ def main() -> int:
     if not begin or not end:
         print(f"{README}: has not both of {BEGIN} and {END}", file=sys.stderr)
         return 2
-    README.write_text(f"{before}{begin}\n{render(collector.cells)}\n{end}{after}", encoding="utf-8")
+    measured = {**(in_readme() if modes else {}), **collector.cells}
+    README.write_text(f"{before}{begin}\n{render(measured)}\n{end}{after}", encoding="utf-8")
     return 0
 
 
