@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import shutil
 import sys
@@ -191,6 +192,14 @@ def test_draft_copied_from_the_target(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its neuron config is a copy, which in vLLM-Neuron 0.2 keeps out a dense draft."""
+    from neuronx_distributed_inference.models.config import FusedSpecNeuronConfig
+
+    gives = loader.NeuronModelBase._init_fused_spec_config.__code__.co_consts
+    takes = inspect.signature(FusedSpecNeuronConfig).parameters
+    if any("draft_model_cls" in names for names in gives if isinstance(names, tuple)) and (
+        "draft_model_cls" not in takes
+    ):
+        pytest.skip("this vLLM-Neuron belongs to a newer NxDI, whose drafts have a class")
     speculation = SimpleNamespace(
         num_speculative_tokens=2,
         method="draft_model",
