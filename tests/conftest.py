@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -11,6 +12,10 @@ import pytest
 # Before torch is imported, here and in processes of the tests: the models are too small for
 # threads to be of use, and on a busy machine threads that wait for each other cost much.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell's background job ignores interrupts, and so would all that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
