@@ -74,6 +74,11 @@ def one_line(error: BaseException) -> str:
     return shorten(printable(text))
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things, such as ``1 file`` or ``2 files``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     r"""Escape what could steer a terminal or fake a line: ``"\x1b"`` becomes ``r"\x1b"``.
 

@@ -11,7 +11,7 @@ from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
-from nxdi_expertscale.errors import printable, shorten
+from nxdi_expertscale.errors import counted, printable, shorten
 
 if TYPE_CHECKING:
     from nxdi_expertscale.checkpoint import Inspection, QuantizationResult, Verification
@@ -32,23 +32,18 @@ MOST_LAYERS = 256
 _Row = TypeVar("_Row")
 
 
-def count(number: int, what: str) -> str:
-    """A number of things, such as ``1 file`` or ``2 files``."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def quantization_summary(result: QuantizationResult) -> str:
     """Format what ``quantize`` made, in a few lines."""
     rows = {
         "before": filesize.decimal(result.source_bytes),
-        "after": f"{filesize.decimal(result.output_bytes)} in {count(result.shards, 'file')}",
+        "after": f"{filesize.decimal(result.output_bytes)} in {counted(result.shards, 'file')}",
         "time": f"{result.seconds:.1f} s",
-        **{kind: count(number, "tensor") for kind, number in result.tensors.items()},
+        **{kind: counted(number, "tensor") for kind, number in result.tensors.items()},
     }
     if result.modules_to_not_convert:
         rows["in full precision"] = listed(result.modules_to_not_convert)
     if result.resumed_shards:
-        rows["from an earlier run"] = count(result.resumed_shards, "file")
+        rows["from an earlier run"] = counted(result.resumed_shards, "file")
     if result.below_floor:
         rows["too small for FP8"] = listed(result.below_floor)
     return f"{result.destination}\n{_pairs(rows)}"
@@ -95,10 +90,10 @@ def verification_summary(result: Verification) -> str:
                 _decibels(layer.worst_snr_db),
             )
         lines.append(_rendered(table) + _more_layers(rest))
-    verdict = count(len(result.faults), "fault") if result.faults else "good"
+    verdict = counted(len(result.faults), "fault") if result.faults else "good"
     lines.append(
         f"{_line(str(result.folder))}: {verdict} "
-        f"({count(result.files, 'file')}, {count(result.quantized, 'quantized weight')})"
+        f"({counted(result.files, 'file')}, {counted(result.quantized, 'quantized weight')})"
     )
     return "\n".join(lines)
 

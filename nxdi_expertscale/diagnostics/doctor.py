@@ -18,6 +18,7 @@ from nxdi_expertscale.diagnostics.probe import Probe
 from nxdi_expertscale.diagnostics.releases import Release, release_of
 from nxdi_expertscale.diagnostics.upstream import check_imports, check_seams
 from nxdi_expertscale.diagnostics.ways_in import check_ways_in, ways_in
+from nxdi_expertscale.errors import counted
 from nxdi_expertscale.hooking.patch import SeamStatus
 
 TIME_LIMIT = 300.0
@@ -106,10 +107,6 @@ def _verdict(
             f"{directly} without it, with NxDI {nxdi or '(which is not here)'}"
         )
     if problems:
-        return f"no: expert_wise_scale will not work here ({_count(problems, 'problem')})"
-    hedge = f", with {_count(warnings, 'warning')}" if warnings else ""
+        return f"no: expert_wise_scale will not work here ({counted(len(problems), 'problem')})"
+    hedge = f", with {counted(len(warnings), 'warning')}" if warnings else ""
     return f"yes{hedge}: expert_wise_scale works here, with NxDI {nxdi}"
-
-
-def _count(lines: Sequence[str], what: str) -> str:
-    return f"{len(lines)} {what}{'' if len(lines) == 1 else 's'}"
