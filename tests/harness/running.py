@@ -6,6 +6,7 @@ The steps are those that NxDI takes on the device, called one by one because its
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from collections.abc import Sequence
@@ -92,6 +93,26 @@ def inference_config(checkpoint: Path, **settings: Any) -> Any:
         neuron_config, load_config=load_pretrained_config(str(checkpoint))
     )
     return getattr(config, "text_config", config)
+
+
+def configs_of_a_pair(checkpoint: Path, **settings: Any) -> tuple[Any, Any]:
+    """The configs of a target for fused speculation and of a draft of its kind.
+
+    Args:
+        checkpoint: Folder of the Hugging Face model.
+        settings: Further keywords of ``MoENeuronConfig``.
+    """
+    target = inference_config(
+        checkpoint,
+        **settings,
+        enable_fused_speculation=True,
+        speculation_length=2,
+        on_device_sampling_config={"top_k": 1},
+    )
+    draft = copy.deepcopy(target)
+    draft.neuron_config.speculation_length = 0
+    draft.neuron_config.enable_fused_speculation = False
+    return target, draft
 
 
 def quantize(

@@ -6,7 +6,6 @@ README against them, and :mod:`tests.upstream.support_table` writes it.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -147,17 +146,7 @@ def beside_a_draft(nxdi: Any, checkpoint: Path, fp8: dict[str, Any]) -> Cell:
 
     application = nxdi.application_cls(checkpoint)
     before = application._FUSED_PREFIX, application._model_cls
-    config = nxdi.inference_config(
-        checkpoint,
-        **fp8,
-        expert_wise_scale=True,
-        enable_fused_speculation=True,
-        speculation_length=2,
-        on_device_sampling_config={"top_k": 1},
-    )
-    draft = copy.deepcopy(config)
-    draft.neuron_config.speculation_length = 0
-    draft.neuron_config.enable_fused_speculation = False
+    config, draft = nxdi.configs_of_a_pair(checkpoint, **fp8, expert_wise_scale=True)
     config.fused_spec_config = FusedSpecNeuronConfig(
         application._model_cls,
         draft_config=draft,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import re
@@ -233,17 +232,7 @@ def speculating(
     paths = {"draft_model": whole, "target_model": whole}
     paths[part] = edited(whole, folder, broke.edit)
     asked = {**fp8, "quantized_checkpoints_path": str(paths["target_model"]), **settings}
-    config = running.inference_config(
-        moe,
-        **asked,
-        expert_wise_scale=True,
-        enable_fused_speculation=True,
-        speculation_length=2,
-        on_device_sampling_config={"top_k": 1},
-    )
-    draft = copy.deepcopy(config)
-    draft.neuron_config.speculation_length = 0
-    draft.neuron_config.enable_fused_speculation = False
+    config, draft = running.configs_of_a_pair(moe, **asked, expert_wise_scale=True)
     cls = broken(running.application_cls(moe), Break(""))
 
     class Model(cls._model_cls):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -75,16 +74,7 @@ def test_flag_of_a_draft_counts_when_its_modules_are_converted(
     from neuronx_distributed_inference.models.config import FusedSpecNeuronConfig
 
     application_cls = nxdi.application_cls(moe)
-    config = nxdi.inference_config(
-        moe,
-        **fp8,
-        enable_fused_speculation=True,
-        speculation_length=2,
-        on_device_sampling_config={"top_k": 1},
-    )
-    draft = copy.deepcopy(config)
-    draft.neuron_config.speculation_length = 0
-    draft.neuron_config.enable_fused_speculation = False
+    config, draft = nxdi.configs_of_a_pair(moe, **fp8)
     setattr(draft.neuron_config, FLAG, 1)
     config.fused_spec_config = FusedSpecNeuronConfig(
         application_cls._model_cls, draft_config=draft, draft_model_path=str(moe)
