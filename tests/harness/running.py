@@ -20,7 +20,7 @@ from neuronx_distributed_inference.models.config import MoENeuronConfig
 from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
 
 from tests.harness import compiling, models, whole_model
-from tests.harness.whole_model import relative_error
+from tests.harness.whole_model import WITHIN_FP8, relative_error
 
 FP8: dict[str, Any] = {
     "quantized": True,
@@ -31,9 +31,6 @@ FP8: dict[str, Any] = {
 
 ROUTER = "mlp.gate"
 """What has to be in ``modules_to_not_convert``, or the router is quantized too."""
-
-WITHIN_FP8 = 0.06
-"""What FP8 may cost a parameter or a block: its own rounding is 2.7%."""
 
 _ROUNDING = 1e-4
 
@@ -169,6 +166,15 @@ class LoadedModel:
         return output.view_as(hidden_states)
 
 
+@dataclass(frozen=True)
+class _Block:
+    """An MoE block of Hugging Face's model as it was called, ``[1, tokens, hidden]``."""
+
+    layer: int
+    given: torch.Tensor
+    expected: torch.Tensor
+
+
 def convert(checkpoint: Path, **settings: Any) -> dict[str, torch.Tensor]:
     """A model's state dict as NxDI converts it, whole.
 
@@ -251,28 +257,40 @@ def moe_errors(checkpoint: Path, loaded: LoadedModel) -> list[float]:
         checkpoint: Folder of the Hugging Face model, the reference.
         loaded: The model as NxDI runs it.
     """
+    _, blocks = _run_huggingface(checkpoint)
+    return _moe_errors(loaded, blocks)
+
+
+def _run_huggingface(checkpoint: Path) -> tuple[torch.Tensor, list[_Block]]:
+    """The last token's logits ``[1, vocab]``, and each MoE block as it was called."""
     reference = models.load(checkpoint)
-    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    blocks: list[_Block] = []
     for number, layer in enumerate(reference.model.layers):
         block = feed_forward(layer)
         if not hasattr(block, "experts"):
             continue
 
         def keep(_: Any, inputs: Any, outputs: Any, number: int = number) -> None:
-            seen[number] = (inputs[0], outputs[0].view_as(inputs[0]))
+            blocks.append(_Block(number, inputs[0], outputs[0].view_as(inputs[0])))
 
         block.register_forward_hook(keep)
     with torch.no_grad():
-        reference(models.prompt())
+        logits: torch.Tensor = reference(models.prompt()).logits[:, -1]
+    return logits, blocks
+
+
+def _moe_errors(loaded: LoadedModel, blocks: Sequence[_Block]) -> list[float]:
     return [
-        relative_error(loaded.moe_output(number, given), expected)
-        for number, (given, expected) in sorted(seen.items())
+        relative_error(loaded.moe_output(block.layer, block.given), block.expected)
+        for block in blocks
     ]
 
 
 def compare(
     checkpoint: Path,
     loaded: LoadedModel,
+    *,
+    rank: int = 0,
     **settings: Any,
 ) -> whole_model.Comparison:
     """How far a whole model is off: every parameter, attention, MoE blocks, logits.
@@ -280,16 +298,16 @@ def compare(
     Args:
         checkpoint: Folder of the Hugging Face model, the reference.
         loaded: The model as NxDI runs it, on one rank.
-        settings: The keywords of ``MoENeuronConfig`` with which it is loaded here.
+        rank: Which one, of several that call this together.
+        settings: The keywords of ``MoENeuronConfig`` with which it is loaded here, unquantized.
 
     Raises:
         AssertionError: The models have other parameters, or NxDI's unquantized one is not
             Hugging Face's.
     """
+    expected, blocks = _run_huggingface(checkpoint)
+    reference = load(checkpoint, rank=rank, **settings)
     prompt = models.prompt()
-    with torch.no_grad():
-        expected = models.load(checkpoint)(prompt).logits[:, -1]
-    reference = load(checkpoint, **settings)
     rounding = relative_error(reference.logits(prompt), expected)
     assert rounding < _ROUNDING, f"NxDI's unquantized model is {rounding:.1e} off"
     with whole_model.calls_of_attention(loaded.module) as calls:
@@ -303,7 +321,7 @@ def compare(
     return whole_model.Comparison(
         parameter_errors(loaded, reference),
         tuple(attention),
-        tuple(moe_errors(checkpoint, loaded)),
+        tuple(_moe_errors(loaded, blocks)),
         relative_error(logits, expected),
     )
 
@@ -319,9 +337,14 @@ def parameter_errors(loaded: LoadedModel, unquantized: LoadedModel) -> dict[str,
 
 
 def assert_right(
-    checkpoint: Path, loaded: LoadedModel, *, within: float = WITHIN_FP8, **settings: Any
+    checkpoint: Path,
+    loaded: LoadedModel,
+    *,
+    within: float = WITHIN_FP8,
+    rank: int = 0,
+    **settings: Any,
 ) -> whole_model.Comparison:
     """Assert that nothing of a model is further off than that; see :func:`compare`."""
-    found = compare(checkpoint, loaded, **settings)
+    found = compare(checkpoint, loaded, rank=rank, **settings)
     assert found.beyond(within) == {}
     return found

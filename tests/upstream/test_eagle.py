@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.harness import models
 from tests.harness.targets import Target
+from tests.harness.whole_model import WITHIN_FP8
 from tests.upstream.test_speculation import quantized_types
 
 pytestmark = pytest.mark.usefixtures("active")
 
-WITHIN_FP8 = 0.06
 EAGLE = {
     "enable_fused_speculation": True,
     "enable_eagle_speculation": True,
@@ -67,6 +67,7 @@ def test_eagle_draft_stays_as_it_is_beside_the_target(
         monkeypatch.setattr(owner, "_FUSED_PREFIX", "")
     monkeypatch.setattr(application, "_model_cls", application._model_cls)
     draft = save_eagle_draft(tmp_path / "draft")
+    unquantized = nxdi.load(moe)
     settings = nxdi.quantize(moe, tmp_path / "fp8")
     config = nxdi.inference_config(moe, **settings, **EAGLE, expert_wise_scale=expert_wise)
     # What inference_demo and vLLM-Neuron make of the target's config for the draft.
@@ -90,5 +91,7 @@ def test_eagle_draft_stays_as_it_is_beside_the_target(
     assert torch.equal(loaded.draft_model.layers[0].mlp.down_proj.weight, weights.down_proj.weight)
     kept_apart = "expert_wise_per_channel_symmetric" in quantized_types(loaded.target_model)
     assert kept_apart is expert_wise
-    errors = nxdi.moe_errors(moe, nxdi.LoadedModel(loaded.target_model))
-    assert (max(errors) < WITHIN_FP8) is expert_wise
+    part = nxdi.LoadedModel(loaded.target_model)
+    parameters = nxdi.parameter_errors(part, unquantized)
+    assert (max(parameters.values()) < WITHIN_FP8) is expert_wise
+    assert (max(nxdi.moe_errors(moe, part)) < WITHIN_FP8) is expert_wise

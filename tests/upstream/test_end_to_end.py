@@ -15,11 +15,11 @@ import torch
 from nxdi_expertscale.errors import ConfigurationError
 from tests.harness import models
 from tests.harness.targets import Target
+from tests.harness.whole_model import WITHIN_FP8
 
 pytestmark = pytest.mark.usefixtures("active")
 
 ROUNDING = 1e-5
-WITHIN_FP8 = 0.06
 NONSENSE = 0.5
 EXPERTS = "mlp.expert_mlps.mlp_op"
 FUSED = ("gate_up_proj", "down_proj")

@@ -12,22 +12,23 @@ import torch
 from nxdi_expertscale.errors import ConfigurationError
 from tests.harness import expert_groups, models, processes
 from tests.harness.targets import Target
+from tests.harness.whole_model import WITHIN_FP8, Comparison
 
 pytestmark = pytest.mark.usefixtures("active")
 
 RANKS = 2
 BATCH = 4
 SPECULATED = 2
-WITHIN_FP8 = 0.06
 BLOCKS = {"block_size": 16, "use_torch_block_wise": True}
 """Small blocks, so that a prompt as short as the tests' is one; without the kernel."""
 
-SETTINGS: dict[str, Any] = {
-    "expert_wise_scale": True,
+SPREAD: dict[str, Any] = {
     "moe_ep_degree": RANKS,
     "batch_size": BATCH,
+    "ctx_batch_size": 1,
     "blockwise_matmul_config": BLOCKS,
 }
+SETTINGS: dict[str, Any] = {"expert_wise_scale": True, **SPREAD}
 
 CALLS = {
     "context": (1, models.SEQUENCE),
@@ -49,8 +50,8 @@ class RankResult:
 
     gate_up_scale: torch.Tensor
     down_scale: torch.Tensor
-    errors: list[float]
-    """Of the layers' outputs, after the sum over the ranks."""
+    found: Comparison
+    """Of the whole model: what a rank gives is the sum over the ranks."""
     parts: dict[str, torch.Tensor]
     """For each call, this rank's part of the output of the first layer's experts."""
     failures: dict[str, str]
@@ -73,7 +74,7 @@ def run_experts(layer: Any, shape: tuple[int, int]) -> torch.Tensor:
     return parts[0]
 
 
-def load_and_run(rank: int, checkpoint: Path, settings: dict[str, Any]) -> RankResult:
+def load_and_run(rank: int, checkpoint: Path, fp8: dict[str, Any]) -> RankResult:
     """Be one rank: load the model with its patches in force, and run its experts."""
     import nxdi_expertscale
     from tests.harness import running
@@ -81,7 +82,8 @@ def load_and_run(rank: int, checkpoint: Path, settings: dict[str, Any]) -> RankR
     nxdi_expertscale.activate()
     spread = expert_groups.Degrees(tensor=1, expert=RANKS)
     expert_groups.make(context=spread, generation=spread)
-    loaded = running.load(checkpoint, rank=rank, tp_degree=RANKS, moe_tp_degree=1, **settings)
+    degrees = {"tp_degree": RANKS, "moe_tp_degree": 1, **SPREAD}
+    loaded = running.load(checkpoint, rank=rank, **degrees, **fp8)
     layer = loaded.module.layers[0]
     failures = {}
     for name, shape in TOO_SMALL.items():
@@ -93,7 +95,7 @@ def load_and_run(rank: int, checkpoint: Path, settings: dict[str, Any]) -> RankR
     return RankResult(
         experts.gate_up_proj.scale.data,
         experts.down_proj.scale.data,
-        running.moe_errors(checkpoint, loaded),
+        running.compare(checkpoint, loaded, rank=rank, **degrees),
         {name: run_experts(layer, shape) for name, shape in CALLS.items()},
         failures,
     )
@@ -116,7 +118,7 @@ def test_ranks_together_give_the_output_of_one(
     whole = alone.mlp.expert_mlps.mlp_op
 
     results = processes.run_on_ranks(
-        target, RANKS, tmp_path / "store", load_and_run, moe, {**fp8, **SETTINGS}
+        target, RANKS, tmp_path / "store", load_and_run, moe, {**fp8, "expert_wise_scale": True}
     )
 
     half = models.EXPERTS // RANKS
@@ -124,7 +126,7 @@ def test_ranks_together_give_the_output_of_one(
         held = slice(rank * half, (rank + 1) * half)
         assert torch.equal(result.gate_up_scale, whole.gate_up_proj.scale[held])
         assert torch.equal(result.down_scale, whole.down_proj.scale[held])
-        assert max(result.errors) < WITHIN_FP8
+        assert result.found.beyond(WITHIN_FP8) == {}
         # What is refused early is what upstream cannot do.
         assert result.failures.keys() == TOO_SMALL.keys()
         assert "Selective Loading with Expert parallelism" in result.failures["token generation"]
@@ -173,7 +175,7 @@ def test_call_that_upstream_cannot_run_is_refused_with_what_works(
     settings: dict[str, Any],
     message: str,
 ) -> None:
-    asked = {**fp8, **SETTINGS, "ctx_batch_size": 1, **settings}
+    asked = {**fp8, **SETTINGS, **settings}
 
     if target.version < (0, 6):  # It has no such setting.
         assert nxdi.inference_config(moe, **asked).neuron_config.expert_wise_scale

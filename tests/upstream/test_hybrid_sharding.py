@@ -13,15 +13,14 @@ from nxdi_expertscale import quantize_checkpoint
 from nxdi_expertscale.errors import ConfigurationError
 from tests.harness import expert_groups, models, processes
 from tests.harness.targets import Target
+from tests.harness.whole_model import WITHIN_FP8, Comparison
 from tests.upstream.test_expert_parallel import run_experts
 
 pytestmark = pytest.mark.usefixtures("active")
 
 RANKS = 2
-WITHIN_FP8 = 0.06
 GENERATED = (4, 1)
 SETTINGS: dict[str, Any] = {
-    "expert_wise_scale": True,
     "batch_size": GENERATED[0],
     "ctx_batch_size": 1,
     "moe_tp_degree": RANKS,
@@ -33,6 +32,7 @@ SETTINGS: dict[str, Any] = {
     },
     "blockwise_matmul_config": {"block_size": 16, "use_torch_block_wise": True},
 }
+EXPERT_WISE = {"expert_wise_scale": True}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RankResult:
 
     scales: dict[str, torch.Tensor]
     """Of the first layer, by the set of experts and the projection."""
-    context_errors: list[float]
+    context: Comparison
     generated: torch.Tensor
     """This rank's part of the output of the first layer's experts, in token generation."""
 
@@ -52,6 +52,7 @@ def load_and_run(rank: int, checkpoint: Path, settings: dict[str, Any]) -> RankR
     from tests.harness import running
 
     nxdi_expertscale.activate()
+    spread = {name: settings[name] for name in SETTINGS}
     expert_groups.make(
         context=expert_groups.Degrees(tensor=RANKS, expert=1),
         generation=expert_groups.Degrees(tensor=1, expert=RANKS),
@@ -68,7 +69,7 @@ def load_and_run(rank: int, checkpoint: Path, settings: dict[str, Any]) -> RankR
             for name in ("mlp_op", "mlp_op_tkg")
             for projection in ("gate_up_proj", "down_proj")
         },
-        running.moe_errors(checkpoint, context),
+        running.compare(checkpoint, context, rank=rank, tp_degree=RANKS, **spread),
         run_experts(generation.module.layers[0], GENERATED),
     )
 
@@ -86,7 +87,7 @@ def test_scales_follow_the_weights_to_both_stages(
     gate, up = whole.gate_up_proj.scale.chunk(2, dim=2)
 
     results = processes.run_on_ranks(
-        target, RANKS, tmp_path / "store", load_and_run, moe, {**fp8, **SETTINGS}
+        target, RANKS, tmp_path / "store", load_and_run, moe, {**fp8, **SETTINGS, **EXPERT_WISE}
     )
 
     half = models.EXPERTS // RANKS
@@ -100,7 +101,7 @@ def test_scales_follow_the_weights_to_both_stages(
             "mlp_op_tkg.down_proj": whole.down_proj.scale[held],
         }
         assert nxdi.different_tensors(result.scales, expected) == []
-        assert max(result.context_errors) < WITHIN_FP8
+        assert result.context.beyond(WITHIN_FP8) == {}
     together = sum(result.generated for result in results)
     assert nxdi.relative_error(together, run_experts(alone, GENERATED)) < 1e-5
 
@@ -110,7 +111,13 @@ def test_degree_of_token_generation_is_the_one_that_counts(
 ) -> None:
     if target.version < (0, 7):
         pytest.skip("this release has no hybrid sharding for Qwen3 MoE")
-    asked = {**nxdi.FP8, "quantized_checkpoints_path": str(tmp_path), **SETTINGS, "batch_size": 3}
+    asked = {
+        **nxdi.FP8,
+        "quantized_checkpoints_path": str(tmp_path),
+        **SETTINGS,
+        **EXPERT_WISE,
+        "batch_size": 3,
+    }
 
     with pytest.raises(ConfigurationError, match="token generation with 3 x 1 tokens"):
         nxdi.inference_config(moe, **asked)
@@ -130,6 +137,7 @@ def test_fused_token_generation_beside_it_is_refused(
         **nxdi.FP8,
         "quantized_checkpoints_path": str(tmp_path / "fp8"),
         **SETTINGS,
+        **EXPERT_WISE,
         "batch_size": models.EXPERTS,
     }
 

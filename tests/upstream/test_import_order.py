@@ -14,13 +14,12 @@ import pytest
 
 from tests.harness import processes
 from tests.harness.targets import Target
-
-WITHIN_FP8 = 0.06
+from tests.harness.whole_model import WITHIN_FP8, Comparison
 
 
 def errors_when_imported(
     _rank: int, before: bool, checkpoint: Path, settings: dict[str, Any]
-) -> list[float]:
+) -> Comparison:
     """The model's errors where this package is imported before NxDI, or after it."""
     assert "nxdi_expertscale" not in sys.modules
     if before:
@@ -30,7 +29,7 @@ def errors_when_imported(
     if not before:
         import nxdi_expertscale
     assert nxdi_expertscale.status()
-    return running.moe_errors(checkpoint, running.load(checkpoint, **settings))
+    return running.compare(checkpoint, running.load(checkpoint, **settings))
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
@@ -39,11 +38,11 @@ def test_import_before_nxdi_or_after_it(
 ) -> None:
     settings = {**nxdi.quantize(moe, tmp_path / "fp8"), "expert_wise_scale": True}
 
-    [errors] = processes.run_on_ranks(
+    [found] = processes.run_on_ranks(
         target, 1, tmp_path / "store", errors_when_imported, before, moe, settings
     )
 
-    assert max(errors) < WITHIN_FP8
+    assert found.beyond(WITHIN_FP8) == {}
 
 
 CONTRIBUTED = """
@@ -70,7 +69,7 @@ AS_DEFAULT = CONTRIBUTED.format(
 
 def errors_of_contribution(
     _rank: int, folder: Path, checkpoint: Path, settings: dict[str, Any]
-) -> list[float] | str:
+) -> Comparison | str:
     """Errors of a model whose module is imported before this package, or why it is refused."""
     assert "nxdi_expertscale" not in sys.modules
     sys.path.insert(0, str(folder))
@@ -81,7 +80,7 @@ def errors_of_contribution(
     try:
         config = running.inference_config(checkpoint, **settings)
         application = contribution.NeuronContributedForCausalLM(str(checkpoint), config)
-        return running.moe_errors(checkpoint, running.load_application(application))
+        return running.compare(checkpoint, running.load_application(application))
     except nxdi_expertscale.IncompatibleUpstreamError as error:
         return str(error)
 
@@ -98,7 +97,7 @@ def test_contributed_model_that_is_imported_before_this_package(
     )
 
     if source == BY_NAME:
-        assert max(outcome) < WITHIN_FP8
+        assert outcome.beyond(WITHIN_FP8) == {}
     else:
         assert isinstance(outcome, str)
         assert "seam 'state_dict:qwen3_moe'" in outcome

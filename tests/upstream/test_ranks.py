@@ -10,9 +10,9 @@ import pytest
 
 from tests.harness import models, processes
 from tests.harness.targets import Target
+from tests.harness.whole_model import WITHIN_FP8, Comparison
 
 RANKS = 2
-WITHIN_FP8 = 0.06
 
 
 @dataclass(frozen=True)
@@ -21,21 +21,22 @@ class RankResult:
 
     gate_up_scale: tuple[int, ...]
     down_scale: tuple[int, ...]
-    errors: list[float]
+    found: Comparison
 
 
 def load_and_run(rank: int, checkpoint: Path, settings: dict[str, Any]) -> RankResult:
-    """Be one rank: load the model with its patches in force, and compare its MoE outputs."""
+    """Be one rank: load the model with its patches in force, and compare its part of it."""
     import nxdi_expertscale
     from tests.harness import running
 
     nxdi_expertscale.activate()
-    loaded = running.load(checkpoint, rank=rank, tp_degree=RANKS, moe_tp_degree=RANKS, **settings)
+    degrees = {"tp_degree": RANKS, "moe_tp_degree": RANKS}
+    loaded = running.load(checkpoint, rank=rank, **degrees, **settings)
     experts = loaded.module.layers[0].mlp.expert_mlps.mlp_op
     return RankResult(
         tuple(experts.gate_up_proj.scale.shape),
         tuple(experts.down_proj.scale.shape),
-        running.moe_errors(checkpoint, loaded),
+        running.compare(checkpoint, loaded, rank=rank, **degrees),
     )
 
 
@@ -44,7 +45,7 @@ def test_two_ranks_together_give_the_output_of_one(
     nxdi: Any, target: Target, moe: Path, tmp_path: Path
 ) -> None:
     settings = {**nxdi.quantize(moe, tmp_path / "fp8"), "expert_wise_scale": True}
-    alone = nxdi.moe_errors(moe, nxdi.load(moe, **settings))
+    alone = nxdi.assert_right(moe, nxdi.load(moe, **settings))
 
     results = processes.run_on_ranks(target, RANKS, tmp_path / "store", load_and_run, moe, settings)
 
@@ -52,5 +53,8 @@ def test_two_ranks_together_give_the_output_of_one(
         width = 2 * models.MOE_INTERMEDIATE_SIZE // RANKS
         assert result.gate_up_scale == (models.EXPERTS, 1, width)
         assert result.down_scale == (models.EXPERTS, 1, models.HIDDEN_SIZE)
-        assert max(result.errors) < WITHIN_FP8
-        assert result.errors == pytest.approx(alone, rel=1e-3)
+        found = result.found
+        assert found.beyond(WITHIN_FP8) == {}
+        assert (*found.attention, *found.moe, found.logits) == pytest.approx(
+            (*alone.attention, *alone.moe, alone.logits), rel=1e-3
+        )

@@ -12,9 +12,9 @@ import torch
 
 from tests.harness import processes, targets
 from tests.harness.targets import Target
+from tests.harness.whole_model import WITHIN_FP8, Comparison
 
 PADDED = {"blockwise_matmul_config": {"use_shard_on_intermediate_dynamic_while": True}}
-WITHIN_FP8 = 0.06
 
 CASES: list[dict[str, Any]] = [
     {"expert_wise_scale": expert_wise, "fused_qkv": fused_qkv, **(PADDED if padded else {})}
@@ -78,7 +78,7 @@ def test_state_dict_equals_the_pull_requests(
 
 def run_on_the_seed(
     _rank: int, checkpoint: Path, settings: dict[str, Any]
-) -> tuple[list[str], list[float]]:
+) -> tuple[list[str], Comparison]:
     """The state of each seam, and the model's errors, on an upstream that has the feature."""
     import nxdi_expertscale
     from tests.harness import running
@@ -86,7 +86,7 @@ def run_on_the_seed(
     nxdi_expertscale.activate()
     loaded = running.load(checkpoint, **settings, expert_wise_scale=True)
     states = [f"{seam.seam} {seam.state}" for seam in nxdi_expertscale.status()]
-    return states, running.moe_errors(checkpoint, loaded)
+    return states, running.compare(checkpoint, loaded)
 
 
 def test_upstream_that_has_the_feature_is_left_to_itself(
@@ -95,9 +95,9 @@ def test_upstream_that_has_the_feature_is_left_to_itself(
     if not target.is_double:
         pytest.skip("it is run once, whatever the target")
 
-    [(states, errors)] = processes.run_on_ranks(
+    [(states, found)] = processes.run_on_ranks(
         seed, 1, tmp_path / "store", run_on_the_seed, moe, fp8
     )
 
     assert {"config native", "quantization native", "state_dict:qwen3_moe native"} <= set(states)
-    assert max(errors) < WITHIN_FP8
+    assert found.beyond(WITHIN_FP8) == {}

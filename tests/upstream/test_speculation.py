@@ -11,6 +11,7 @@ import torch
 
 from tests.harness import models
 from tests.harness.targets import Target
+from tests.harness.whole_model import WITHIN_FP8
 
 pytestmark = pytest.mark.usefixtures("active")
 
@@ -50,8 +51,8 @@ def quantized_types(model: Any) -> set[str]:
 def assert_right_but_for_logits(nxdi: Any, moe: Path, model: Any, unquantized: Any) -> None:
     """Every parameter and MoE block; NxDI runs a model of the two only together with the other."""
     part = nxdi.LoadedModel(model)
-    assert max(nxdi.parameter_errors(part, unquantized).values()) < nxdi.WITHIN_FP8
-    assert max(nxdi.moe_errors(moe, part)) < nxdi.WITHIN_FP8
+    assert max(nxdi.parameter_errors(part, unquantized).values()) < WITHIN_FP8
+    assert max(nxdi.moe_errors(moe, part)) < WITHIN_FP8
 
 
 def test_dense_draft_beside_the_target(
