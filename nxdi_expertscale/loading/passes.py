@@ -140,36 +140,31 @@ def is_kept(layer: ExpertLayer, modules_to_not_convert: Sequence[str], family: M
     return number is not None and are_experts_excluded(number, modules_to_not_convert, family)
 
 
-def first_unknown(layers: Sequence[ExpertLayer], family: MoEFamily) -> ExpertLayer | None:
-    """The first expert layer whose name is not one of the family's; None if all are."""
-    names = family.names
-    return next((layer for layer in layers if names.layer_of_module(layer.name) is None), None)
+def find_family(layers: Sequence[ExpertLayer], settings: Settings) -> MoEFamily | None:
+    """The family by whose names a model's expert layers are converted.
 
-
-def check_names(layers: Sequence[ExpertLayer], family: MoEFamily) -> None:
-    """Check that all expert layers have names of the family.
+    Returns:
+        None where the flag is off, and no family has layers of these names.
 
     Raises:
-        LayoutError: One has not.
+        ConfigurationError: The flag is on, and no plugin declares the model's family.
+        LayoutError: The flag is on, and a layer has another name than the family's.
     """
-    unknown = first_unknown(layers, family)
-    if unknown is not None:
-        raise LayoutError(f"{unknown.name} is not one of {family.expert_mlps}")
-
-
-def check_family(settings: Settings) -> MoEFamily:
-    """Check that the family of a model with experts is known; gives it back.
-
-    Raises:
-        ConfigurationError: No plugin declares it.
-    """
-    if settings.family is None:
+    family = settings.family
+    if family is None:
+        if not settings.is_on:
+            return None
         name = None if settings.model is None else settings.model.name
         raise ConfigurationError(
             f"{FLAG}=True is not supported for this model ({name!r}): no plugin declares its "
             f"family; turn the flag off. {HOW_TO_DECLARE}"
         )
-    return settings.family
+    for layer in layers:
+        if family.names.layer_of_module(layer.name) is None:
+            if not settings.is_on:
+                return None
+            raise LayoutError(f"{layer.name} is not one of {family.expert_mlps}")
+    return family
 
 
 def expert_wise_q_config(

@@ -11,7 +11,7 @@ from typing import Any
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.code import refers_to
 from nxdi_expertscale.hooking.patch import Patch
-from nxdi_expertscale.patches import seams
+from nxdi_expertscale.patches import required_seams, seams
 from nxdi_expertscale.patches.installed_release import checked_settings
 from nxdi_expertscale.settings import device_variables, rules
 from nxdi_expertscale.settings.settings import FLAG, read_settings
@@ -73,7 +73,7 @@ def _inference_config_incompatibility(module: ModuleType) -> str | None:
 def _accept_flag(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
     value = kwargs.pop(FLAG, False)
     if value is True:
-        seams.require_seams(seams.needed_by_config())
+        required_seams.require_seams(seams.needed_by_config())
     wrapped(*args, **kwargs)
     # An attribute of the config, so that upstream writes it to JSON and copies it.
     vars(instance)[FLAG] = value
@@ -94,7 +94,7 @@ def _keep_flag_of_another_config(
     # The flag comes this far only where no MoENeuronConfig has taken it: NxDI would ignore it
     # with a line in its log, and the experts of an MoE would share a scale.
     if kwargs.get(FLAG) is True:
-        seams.require_seams(seams.needed_by_config())
+        required_seams.require_seams(seams.needed_by_config())
     if FLAG in kwargs:
         vars(instance)[FLAG] = kwargs[FLAG]
         rules.check(read_settings(instance))

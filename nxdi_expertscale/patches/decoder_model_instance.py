@@ -76,5 +76,5 @@ def _check_loaded(model: Any, families: Sequence[MoEFamily]) -> None:
     settings = read_settings(getattr(model_config, "neuron_config", None), model_config, families)
     family, excluded = settings.family, settings.exclusions
     if settings.is_on and settings.is_quantized and family is not None:
-        with seams.layout_errors(seams.QUANTIZATION, family):
+        with required_seams.layout_errors(seams.QUANTIZATION, family):
             loaded_experts.check_expert_wise(find_expert_layers(model), excluded, family)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nxdi_expertscale.families.declaration import MoEFamily
-from nxdi_expertscale.patches import seams
+from nxdi_expertscale.patches import required_seams, seams
 from nxdi_expertscale.settings import rules
 from nxdi_expertscale.settings.settings import Settings, Upstream, read_settings
 
@@ -43,7 +43,7 @@ def checked_settings(
     settings = dataclasses.replace(settings, upstream=upstream)
     rules.check(settings)
     if settings.is_on and settings.is_quantized and settings.family is not None:
-        seams.require_seams(seams.needed_by_model(settings.family), load=True)
+        required_seams.require_seams(seams.needed_by_model(settings.family), load=True)
     return settings
 
 

@@ -17,7 +17,7 @@ from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.code import refers_to
 from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.patch import Patch
-from nxdi_expertscale.patches import installed_release, seams
+from nxdi_expertscale.patches import installed_release, required_seams, seams
 from nxdi_expertscale.patches.installed_release import checked_settings
 from nxdi_expertscale.settings.settings import FLAG, Settings
 
@@ -100,13 +100,10 @@ def _select_family(layers: Sequence[ExpertLayer], settings: Settings) -> MoEFami
     """The family by which a model's experts are converted; None where NxDI is left alone."""
     from nxdi_expertscale.loading import passes
 
-    family = passes.check_family(settings) if settings.is_on else settings.family
-    if family is not None and settings.is_on:
-        with seams.layout_errors(seams.QUANTIZATION, family):
-            passes.check_names(layers, family)
+    with required_seams.layout_errors(seams.QUANTIZATION, settings.family):
+        family = passes.find_family(layers, settings)
+    if family is None or settings.is_on:
         return family
-    if family is None or passes.first_unknown(layers, family) is not None:
-        return None
     failure = engine.find_failed_seam(seams.needed_by_model(family), load=True)
     return family if failure is None else None
 

@@ -17,7 +17,7 @@ from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.code import names_in_code, refers_to
 from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.patch import Patch
-from nxdi_expertscale.patches import seams
+from nxdi_expertscale.patches import required_seams, seams
 from nxdi_expertscale.patches.exclusions import exclusions_for_upstream
 from nxdi_expertscale.patches.installed_release import checked_settings, quantized_dtype
 from nxdi_expertscale.settings.settings import FLAG
@@ -99,7 +99,7 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
             if reason is not None:
                 _logger.warning("the experts' scales are left to NxDI: %s", reason)
                 return wrapped(*args, **kwargs)
-        with seams.layout_errors(seams.state_dict(family), family):
+        with required_seams.layout_errors(seams.state_dict(family), family):
             layers = take_out_scales(
                 state_dict,
                 family,
@@ -110,7 +110,7 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
         names = names_for_converter(settings, family)
         with exclusions_for_upstream(neuron_config, names):
             converted = wrapped(*args, **kwargs)
-        with seams.layout_errors(seams.state_dict(family), family):
+        with required_seams.layout_errors(seams.state_dict(family), family):
             put_in_scales(converted, layers, family, settings)
         report_experts(
             layers,

@@ -148,7 +148,9 @@ def test_the_second_of_two_runs_stops(src: Path, tmp_path: Path) -> None:
     _, stderr = first.communicate()
 
     assert_refused(second, "another run is writing to it")
-    assert (first.returncode, stderr) == (0, "")
+    assert first.returncode == 0
+    # Where the second takes long, the first says how far it is, and nothing else.
+    assert all(": quantizing: " in line for line in stderr.splitlines())
     assert run("verify", tmp_path / "dst").returncode == 0
 
 
@@ -185,4 +187,5 @@ def test_a_full_disk_leaves_nothing_that_loads_and_the_next_run_goes_on(
         undisturbed = checkpoints.contents(tmp_path / "undisturbed")
         assert checkpoints.contents(disk / "dst") == undisturbed
     finally:
-        subprocess.run(["umount", disk], check=True)
+        # What the failed run had mapped is let go with its traceback.
+        subprocess.run(["umount", "--lazy", disk], check=True)

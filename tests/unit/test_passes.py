@@ -168,20 +168,26 @@ def test_experts_for_hybrid_sharding_and_for_fused_token_generation_are_refused(
     passes.plan_passes([replace(layer, paths=(second,))], [], [], QWEN3_MOE, expert_wise=True)
 
 
+OFF = configs.settings({"expert_wise_scale": False})
+
+
 def test_an_expert_layer_by_another_name_is_told() -> None:
     layers = [*experts_of(0), layer_of("layers.0.mlp.experts_v3.down_proj")]
 
-    assert passes.first_unknown(experts_of(0), QWEN3_MOE) is None
-    assert passes.first_unknown(layers, QWEN3_MOE) is layers[-1]
-    passes.check_names(experts_of(0), QWEN3_MOE)
+    assert passes.find_family(experts_of(0), configs.settings()) is QWEN3_MOE
+    assert passes.find_family(experts_of(0), OFF) is QWEN3_MOE
     with pytest.raises(LayoutError, match=r"experts_v3\.down_proj is not one of layers"):
-        passes.check_names(layers, QWEN3_MOE)
+        passes.find_family(layers, configs.settings())
+    assert passes.find_family(layers, OFF) is None
 
 
 def test_a_model_of_no_family_is_refused_by_its_type() -> None:
-    assert passes.check_family(configs.settings()) is QWEN3_MOE
+    strange = {"model_type": "strange_moe"}
+
     with pytest.raises(ConfigurationError, match=r"this model \('strange_moe'\): no plugin"):
-        passes.check_family(configs.settings(model={"model_type": "strange_moe"}))
+        passes.find_family(experts_of(0), configs.settings(model=strange))
+    off = configs.settings({"expert_wise_scale": False}, strange)
+    assert passes.find_family(experts_of(0), off) is None
 
 
 def test_experts_settings_are_nxds_with_the_dtype_of_the_rest() -> None:
