@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.patch import Patch
-from nxdi_expertscale.patches import installed_release, model_wrapper, seams
+from nxdi_expertscale.patches import installed_release, model_wrapper, required_seams, seams
 from nxdi_expertscale.settings.settings import read_settings
 
 
