@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from nxdi_expertscale import activation
 from nxdi_expertscale.errors import one_line
+from nxdi_expertscale.hooking.module_names import is_in_any_package
 from nxdi_expertscale.hooking.patch import SeamStatus, State
 
 NXDI = "neuronx_distributed_inference"
@@ -139,8 +140,9 @@ def report(path: str, activated_at_start: bool) -> None:
     file = Path(path)
     failures: dict[str, str] = {}
     for module in dict.fromkeys(seam.module for seam in activation.status()):
-        if is_of_vllm_neuron(module):
-            # It imports vLLM, which looks for devices.
+        # vLLM-Neuron's imports vLLM, which looks for devices; a contributed model is wherever its
+        # user has put it.
+        if is_of_vllm_neuron(module) or is_in_any_package(module):
             continue
         # Should this import be the end of the process, the file says which it was.
         _write_json(file, {"importing": module})

@@ -8,6 +8,7 @@ from nxdi_expertscale.diagnostics import probe
 from nxdi_expertscale.diagnostics.findings import Finding, problem, warning
 from nxdi_expertscale.diagnostics.packages import NEURON_INDEX
 from nxdi_expertscale.diagnostics.probe import Probe
+from nxdi_expertscale.hooking.module_names import is_in_any_package
 from nxdi_expertscale.hooking.patch import State
 from nxdi_expertscale.patches import seams
 from nxdi_expertscale.plugins.registry import families_in_force
@@ -48,7 +49,7 @@ def check_seams(found: Probe) -> Iterator[Finding]:
         finding = problem if seam.seam in needed else warning
         if seam.state in (State.INCOMPATIBLE, State.PARTIAL):
             yield finding(f"the seam {seam.seam!r} does not fit: {seam.reason}")
-        elif probe.is_of_vllm_neuron(seam.module):
+        elif probe.is_of_vllm_neuron(seam.module) or is_in_any_package(seam.module):
             continue
         elif seam.state is State.WAITING and found.has_nxdi:
             reason = found.failures.get(seam.module, "it was imported, and not reported")

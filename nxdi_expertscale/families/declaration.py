@@ -16,6 +16,7 @@ from nxdi_expertscale.families.config_fields import first_int
 from nxdi_expertscale.families.limits import Limit, ReachedLimit, find_reached
 from nxdi_expertscale.families.linears import RenamedLinear, attention_linears
 from nxdi_expertscale.families.tensor_names import TensorNames
+from nxdi_expertscale.hooking.module_names import ANY_PACKAGE
 
 GATE_UP = "gate_up_proj"
 DOWN = "down_proj"
@@ -61,7 +62,9 @@ class MoEFamily:
         name: The family's name in messages and tables.
         model_types: Values of ``model_type`` in ``config.json`` that belong to it.
         converter: NxDI's function that fuses a state dict of this family, as
-            ``"package.module:function"``; the seam that is patched.
+            ``"package.module:function"``; the seam that is patched. That of a contributed model,
+            which each user puts into a package of his own, as ``"*.module:function"``: its file
+            and the function in it.
         experts: Path of a layer's experts in a checkpoint, ``layers.{layer}.mlp.experts``.
         router: Path of a layer's router in a checkpoint, ``layers.{layer}.mlp.gate``.
         expert_mlps: Path of a layer's fused experts among NxDI's modules.
@@ -117,10 +120,11 @@ class MoEFamily:
 
     def __post_init__(self) -> None:
         module, _, function = self.converter.partition(":")
-        if not module or not all(part.isidentifier() for part in function.split(".")):
+        path = module.removeprefix(ANY_PACKAGE)
+        if not all(part.isidentifier() for part in (*path.split("."), *function.split("."))):
             raise ConfigurationError(
-                f"family {self.name!r}: converter must be 'package.module:function', not "
-                f"{self.converter!r}"
+                f"family {self.name!r}: converter must be 'package.module:function' or "
+                f"'*.module:function', not {self.converter!r}"
             )
         for field in ("experts", "router", "expert_mlps"):
             if "{layer}" not in getattr(self, field):
@@ -128,6 +132,16 @@ class MoEFamily:
                     f"family {self.name!r}: {field} must say where the layer's number stands, as "
                     f"in 'layers.{{layer}}.mlp', and is {getattr(self, field)!r}"
                 )
+
+    @property
+    def module(self) -> str:
+        """NxDI's module that defines the converter; ``*.module`` where it may be in any package."""
+        return self.converter.partition(":")[0]
+
+    @property
+    def function(self) -> str:
+        """The converter's name within its module, such as ``Class.convert``."""
+        return self.converter.partition(":")[2]
 
     @property
     def projections(self) -> tuple[str, str, str]:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.unsupported import find_unsupported
+from nxdi_expertscale.hooking.module_names import matches_name
 
 HOW_TO_DECLARE = (
     "A model with experts that NxDI runs, or a contribution to it, becomes supported by a plugin "
@@ -29,7 +30,7 @@ def family_of(
     for family in families:
         if model_type in family.model_types:
             return family
-        if not model_type and family.converter.partition(":")[0] in modules:
+        if not model_type and any(matches_name(family.module, name) for name in modules):
             return family
     return None
 

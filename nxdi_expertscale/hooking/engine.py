@@ -5,10 +5,14 @@ is skipped in silence, and a seam that does not fit never breaks the import of u
 
 Modules that have imported a function by name before it was patched get the patched one as well.
 Where it is held in another way, such as a default argument, the seam is partial, and says so.
+
+A patch of a file in whatever package (``*.modeling_olmoe``) is applied to each module of that name
+that defines the function; a module of that name that does not is another one's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import sys
@@ -18,6 +22,11 @@ from types import ModuleType
 from typing import Any
 
 from nxdi_expertscale.hooking.locks import fork_safe_lock
+from nxdi_expertscale.hooking.module_names import (
+    ANY_PACKAGE,
+    is_in_any_package,
+    matches_module,
+)
 from nxdi_expertscale.hooking.patch import Patch, SeamStatus, State
 from nxdi_expertscale.hooking.references import (
     Holder,
@@ -28,12 +37,19 @@ from nxdi_expertscale.hooking.references import (
     modules_imported_by,
 )
 from nxdi_expertscale.hooking.watcher import ImportWatcher, is_loaded
-from nxdi_expertscale.hooking.wrapper import Installation, Place, find_place
+from nxdi_expertscale.hooking.wrapper import (
+    Installation,
+    Place,
+    defines,
+    find_place,
+    namespace_of,
+)
 
 _logger = logging.getLogger(__name__)
 
 _NOWHERE = Place(parent=None, name="", current=None)
 _FAILED = (State.ABSENT, State.INCOMPATIBLE, State.PARTIAL)
+_WORST_FIRST = (State.INCOMPATIBLE, State.PARTIAL, State.NATIVE, State.APPLIED)
 
 
 class _Seam:
@@ -46,6 +62,15 @@ class _Seam:
         self._installations: list[Installation] = []
         self._holders: list[Holder] = []
         self._in_force = True
+
+    def find_in(self, module: ModuleType) -> _Seam | None:
+        """The seam itself, if it is one of this module."""
+        return self if module.__name__ == self.patch.module else None
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether its module was found, and compared with what the patch knows."""
+        return self._state is not State.WAITING
 
     def status(self) -> SeamStatus:
         state, reason = self._state, self._reason
@@ -114,6 +139,54 @@ class _Seam:
         return None
 
 
+class _SeamInAnyPackage:
+    """A patch of a file in whatever package, and a seam for each module that turned out to be it.
+
+    A user may have more than one copy.
+    """
+
+    def __init__(self, patch: Patch) -> None:
+        self.patch = patch
+        self._found: dict[str, _Seam] = {}
+
+    def find_in(self, module: ModuleType) -> _Seam | None:
+        """The seam of a module, if that is the file, and defines the function."""
+        name = module.__name__
+        if name not in self._found and self._is_in(module):
+            self._found[name] = _Seam(dataclasses.replace(self.patch, module=name))
+        return self._found.get(name)
+
+    def find_unseen(self, modules: Iterable[ModuleType]) -> list[ModuleType]:
+        """The modules that are the file, and came to be in another way than by an import."""
+        return [
+            module
+            for module in modules
+            if namespace_of(module).get("__name__") not in self._found and self._is_in(module)
+        ]
+
+    def status(self) -> SeamStatus:
+        """The state of the module that was found, of several the worst."""
+        found = [seam.status() for seam in self._found.values() if seam.is_checked]
+        if found:
+            return min(found, key=lambda status: _WORST_FIRST.index(status.state))
+        file = self.patch.module.removeprefix(ANY_PACKAGE)
+        reason = f"no module {file} that defines {self.patch.attribute} has been imported"
+        patch = self.patch
+        return SeamStatus(patch.seam, patch.module, patch.attribute, State.WAITING, reason)
+
+    def uninstall(self) -> None:
+        """Take the wrapper off every module."""
+        for seam in self._found.values():
+            seam.uninstall()
+
+    def _is_in(self, module: ModuleType) -> bool:
+        return matches_module(self.patch.module, module) and defines(module, self.patch.attribute)
+
+
+def _seam_of(patch: Patch) -> _Seam | _SeamInAnyPackage:
+    return _SeamInAnyPackage(patch) if is_in_any_package(patch.module) else _Seam(patch)
+
+
 class Engine:
     """A set of patches, applied as their modules are imported. Safe in threads."""
 
@@ -125,7 +198,7 @@ class Engine:
                 or a seam is checked.
         """
         self._lock = lock or threading.RLock()
-        self._seams: dict[str, _Seam] = {}
+        self._seams: dict[str, _Seam | _SeamInAnyPackage] = {}
         self._watcher = ImportWatcher(self._on_executed, self._on_found)
 
     def activate(self, patches: Iterable[Patch]) -> None:
@@ -135,7 +208,7 @@ class Engine:
         """
         with self._lock:
             for patch in patches:
-                self._seams.setdefault(patch.seam, _Seam(patch))
+                self._seams.setdefault(patch.seam, _seam_of(patch))
             modules = dict.fromkeys(seam.patch.module for seam in self._seams.values())
             self._watcher.watch(tuple(modules))
         # Outside the lock: it may wait for a thread whose import calls back to us.
@@ -155,18 +228,22 @@ class Engine:
         with self._lock:
             return tuple(seam.status() for seam in self._seams.values())
 
-    def find_failed_seam(self, names: Sequence[str], *, load: bool = False) -> SeamStatus | None:
+    def find_failed_seam(
+        self, names: Sequence[str], *, load: bool = False, may_wait: bool = True
+    ) -> SeamStatus | None:
         """Find the first of these seams that is known not to be patched, or not everywhere.
 
         Args:
             names: Names of seams.
             load: Import the modules of these seams that are not imported yet. Whoever has a
                 model's config is about to import them anyway, and one that is missing must be
-                found before anything is compiled.
+                found before anything is compiled. Where a seam is in whatever package, nothing
+                is imported: modules are looked through that were loaded in another way.
+            may_wait: Whether a seam may still wait for its module to be imported. That of a model
+                that is being built has been.
 
         Returns:
-            Its status, with the reason; None where each is applied, native, or still waits for
-            its module to be imported.
+            Its status, with the reason; None where each is applied, native, or waiting.
         """
         if load:
             self._load(names)
@@ -174,7 +251,7 @@ class Engine:
         for name in names:
             absent = SeamStatus(name, "", "", State.ABSENT, "no active patch has this name")
             status = found.get(name, absent)
-            if status.state in _FAILED:
+            if status.state in _FAILED or (status.state is State.WAITING and not may_wait):
                 return status
         return None
 
@@ -182,6 +259,9 @@ class Engine:
         with self._lock:
             seams = [seam for name, seam in self._seams.items() if name in names]
         for seam in seams:
+            if isinstance(seam, _SeamInAnyPackage):
+                self._on_found(seam.find_unseen(loaded_modules()))
+                continue
             if seam.status().state is not State.WAITING:
                 continue
             try:
@@ -208,7 +288,8 @@ class Engine:
     def _install(self, module: ModuleType) -> list[tuple[_Seam, Installation]]:
         """Check the seams of a module, and install the wrappers that fit; those that are new."""
         with self._lock:
-            seams = [seam for seam in self._seams.values() if seam.patch.module == module.__name__]
+            found = [seam.find_in(module) for seam in self._seams.values()]
+        seams = [seam for seam in found if seam is not None]
         new = []
         for seam in seams:
             place = find_place(module, seam.patch.attribute)

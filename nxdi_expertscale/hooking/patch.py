@@ -16,7 +16,8 @@ class Patch:
 
     Attributes:
         seam: Name of the seam in messages, such as ``config`` or ``state_dict:qwen3_moe``.
-        module: Upstream module that holds it; the patch is applied when it is imported.
+        module: Upstream module that holds it; the patch is applied when it is imported. With
+            ``*.`` before it, the end of the module's name: a file that may be in any package.
         attribute: Dotted name within the module, such as ``MoENeuronConfig.__init__``.
         wrapper: What is called in its place: a wrapt wrapper,
             ``(wrapped, instance, args, kwargs)``.
@@ -60,10 +61,12 @@ class SeamStatus:
 
     Attributes:
         seam: Its name.
-        module: Upstream module that holds it.
+        module: Upstream module that holds it; with ``*.`` before it, a file of any package that
+            is not imported yet.
         attribute: Its dotted name within the module.
         state: What became of the patch.
-        reason: Why it is native, partial, incompatible or absent.
+        reason: Why it is native, partial, incompatible or absent, or what it waits for, where
+            that is not its module alone.
     """
 
     seam: str

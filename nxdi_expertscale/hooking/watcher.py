@@ -20,6 +20,8 @@ from typing import cast
 
 import wrapt
 
+from nxdi_expertscale.hooking.module_names import is_in_any_package, matches_name
+
 _logger = logging.getLogger(__name__)
 
 
@@ -45,14 +47,20 @@ class ImportWatcher(MetaPathFinder):
         self._on_executed = on_executed
         self._on_found = on_found
         self._names: tuple[str, ...] = ()
+        self._files: tuple[str, ...] = ()
         self._unfinished: dict[str, ModuleType] = {}
 
     def watch(self, names: Sequence[str]) -> None:
         """Watch these modules and no others; with none, leave ``sys.meta_path``.
 
         To be called by one thread at a time.
+
+        Args:
+            names: Full names, or files in whatever package (``*.modeling_olmoe``). Of the latter,
+                each module of that name is reported.
         """
-        self._names = tuple(names)
+        self._names = tuple(name for name in names if not is_in_any_package(name))
+        self._files = tuple(filter(is_in_any_package, names))
         self._unfinished.clear()
         if self in sys.meta_path:
             sys.meta_path.remove(self)
@@ -66,7 +74,7 @@ class ImportWatcher(MetaPathFinder):
         midst of is reported by the first import after its end.
         """
         found = []
-        for name in self._names:
+        for name in [*self._names, *filter(self._is_file, list(sys.modules))]:
             if _is_initializing(sys.modules.get(name)):
                 _wait_for_other_threads(name)
             module = sys.modules.get(name)
@@ -96,7 +104,7 @@ class ImportWatcher(MetaPathFinder):
         """Find a watched module as the other finders do, with a loader that reports it."""
         if self._unfinished:
             self.report_finished()
-        if fullname not in self._names:
+        if not self._is_watched(fullname):
             return None
         for finder in list(sys.meta_path):
             find = getattr(finder, "find_spec", None)
@@ -111,8 +119,14 @@ class ImportWatcher(MetaPathFinder):
 
     def _report(self, module: ModuleType) -> None:
         # It may be watched no longer, since it was found.
-        if module.__name__ in self._names:
+        if self._is_watched(module.__name__):
             self._on_executed(module)
+
+    def _is_watched(self, name: str) -> bool:
+        return name in self._names or self._is_file(name)
+
+    def _is_file(self, name: str) -> bool:
+        return any(matches_name(file, name) for file in self._files)
 
 
 # wrapt's classes take type arguments from 2.0 on only.

@@ -55,6 +55,21 @@ def find_place(module: ModuleType, attribute: str) -> Place:
     return Place(parent, name, found[0] if found else None)
 
 
+def defines(module: ModuleType, attribute: str) -> bool:
+    """Whether a function is a module's own, and not one that it imports from another.
+
+    Args:
+        module: The module; the code of a type of its own is not run.
+        attribute: The function's dotted name.
+    """
+    path, _, _ = attribute.partition(".")
+    if path not in namespace_of(module):
+        return False
+    function = find_place(module, attribute).current
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__module__", None) == namespace_of(module).get("__name__")
+
+
 def unwrapping(function: Any) -> Iterator[Any]:
     """A function, what it wraps, and so on to the innermost."""
     while function is not None:

@@ -36,7 +36,7 @@ def _loading(families: Sequence[MoEFamily]) -> Callable[..., Any]:
         wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         # Once more: a config may have been changed since it was made.
-        installed_release.checked_settings(instance.config, families)
+        installed_release.checked_settings(instance.config, families, is_built=True)
         result = wrapped(*args, **kwargs)
         for model in models_in(getattr(instance, "module", None)):
             _check_loaded(model, families)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.patches import required_seams, seams
 from nxdi_expertscale.settings import rules
 from nxdi_expertscale.settings.settings import Settings, Upstream, read_settings
@@ -22,7 +23,11 @@ _MOE_V2 = "neuronx_distributed_inference.modules.moe_v2"
 
 
 def checked_settings(
-    model_config: Any, families: Sequence[MoEFamily], family: MoEFamily | None = None
+    model_config: Any,
+    families: Sequence[MoEFamily],
+    family: MoEFamily | None = None,
+    *,
+    is_built: bool = False,
 ) -> Settings:
     """Read and check an ``InferenceConfig`` and its neuron config.
 
@@ -32,6 +37,8 @@ def checked_settings(
         model_config: The ``InferenceConfig``.
         families: The families that are in force.
         family: The model's family where it is known by other means than its config.
+        is_built: Whether the model is being built: its converter must have been seen by now. A
+            config may be made before the module of a contributed model is imported.
 
     Raises:
         ConfigurationError: The model could not run.
@@ -43,7 +50,8 @@ def checked_settings(
     settings = dataclasses.replace(settings, upstream=upstream)
     rules.check(settings)
     if settings.is_on and settings.is_quantized and settings.family is not None:
-        required_seams.require_seams(seams.needed_by_model(settings.family), load=True)
+        names = seams.needed_by_model(settings.family)
+        required_seams.require_seams(names, load=True, may_wait=not is_built)
     return settings
 
 
@@ -74,7 +82,9 @@ def quantized_dtype(neuron_config: Any) -> torch.dtype | None:
 
 
 def _reads_moe_settings(family: MoEFamily) -> bool:
-    modeling = sys.modules.get(family.converter.partition(":")[0])
+    name = seams.state_dict(family)
+    module = next((seam.module for seam in engine.status() if seam.seam == name), family.module)
+    modeling = sys.modules.get(module)
     initialize = getattr(modeling, "initialize_moe_module", None)
     return getattr(initialize, "__module__", _MOE_V2) == _MOE_V2
 

@@ -82,7 +82,7 @@ def _converting(families: Sequence[MoEFamily]) -> Callable[..., Any]:
         is_nxdis = neuron_config is not None and call.arguments.get("include") is None
         if not layers or q_config is None or not is_nxdis:
             return wrapped(*args, **kwargs)
-        settings = checked_settings(model_config, families)
+        settings = checked_settings(model_config, families, is_built=True)
         family = _select_family(layers, settings)
         if family is None:
             return wrapped(*args, **kwargs)
@@ -104,7 +104,8 @@ def _select_family(layers: Sequence[ExpertLayer], settings: Settings) -> MoEFami
         family = passes.find_family(layers, settings)
     if family is None or settings.is_on:
         return family
-    failure = engine.find_failed_seam(seams.needed_by_model(family), load=True)
+    needed = seams.needed_by_model(family)
+    failure = engine.find_failed_seam(needed, load=True, may_wait=False)
     return family if failure is None else None
 
 

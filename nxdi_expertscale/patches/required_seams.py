@@ -24,6 +24,10 @@ _REMEDIES = {
         "Import nxdi_expertscale before anything that imports NxDI, or set "
         f"{ALLOW_LIST_VARIABLE}={OWN_PLUGIN}, which activates it when Python starts"
     ),
+    State.WAITING: (
+        "Import the contributed model from a file of its own name, which is how it is found, or "
+        f"turn {FLAG} off"
+    ),
     State.ABSENT: f"Turn {FLAG} off, or run 'nxdi-expertscale doctor', which says why",
 }
 
@@ -39,18 +43,19 @@ def _seams_of_plugins() -> set[str]:
     return {seams.state_dict(family) for family in families_in_force() if family not in BUILT_IN}
 
 
-def require_seams(names: Sequence[str], *, load: bool = False) -> None:
+def require_seams(names: Sequence[str], *, load: bool = False, may_wait: bool = True) -> None:
     """Refuse to go on without these seams, for a user who has turned the feature on.
 
     Args:
         names: Names of seams.
         load: Import the modules of these seams that are not imported yet.
+        may_wait: Whether a seam may still wait for a module that is in whatever package.
 
     Raises:
         IncompatibleUpstreamError: One is not patched; the message names it, the reason and what
             to do.
     """
-    failure = engine.find_failed_seam(names, load=load)
+    failure = engine.find_failed_seam(names, load=load, may_wait=may_wait)
     if failure is not None:
         remedy = _REMEDIES[failure.state]
         if failure.state is State.INCOMPATIBLE and failure.seam in _seams_of_plugins():

@@ -37,19 +37,18 @@ def patches(families: Sequence[MoEFamily]) -> list[Patch]:
 
 
 def _patch(family: MoEFamily) -> Patch:
-    module, _, converter = family.converter.partition(":")
     return Patch(
         seam=seams.state_dict(family),
-        module=module,
-        attribute=converter,
+        module=family.module,
+        attribute=family.function,
         wrapper=_fusing_scales(family),
         find_incompatibility=lambda module: _incompatibility(module, family),
-        is_native=lambda module: refers_to(attrgetter(converter)(module), FLAG),
+        is_native=lambda module: refers_to(attrgetter(family.function)(module), FLAG),
     )
 
 
 def _incompatibility(module: ModuleType, family: MoEFamily) -> str | None:
-    converter = family.converter.partition(":")[2]
+    converter = family.function
     function = attrgetter(converter)(module)
     parameters = list(inspect.signature(function).parameters)
     if "state_dict" not in parameters[0] or parameters[1:2] not in (["config"], ["cfg"]):

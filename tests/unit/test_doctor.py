@@ -12,7 +12,7 @@ from nxdi_expertscale.activation import status
 from nxdi_expertscale.diagnostics import doctor, packages, probe
 from nxdi_expertscale.diagnostics.probe import Probe
 from nxdi_expertscale.diagnostics.releases import Release
-from nxdi_expertscale.hooking.patch import State
+from nxdi_expertscale.hooking.patch import SeamStatus, State
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,15 @@ def test_tested_release_has_no_warning() -> None:
     assert (answer.works, answer.warnings) == (True, ())
     assert answer.verdict == "yes: expert_wise_scale works here, with NxDI 0.9.0"
     assert answer.release == Release("0.9", "0.18", "2.29")
+
+
+def test_contributed_model_that_is_not_imported_is_no_finding() -> None:
+    found = healthy("0.9.0")
+    waiting = SeamStatus("state_dict:x", "*.modeling_x", "convert", State.WAITING, "no module")
+
+    answer = doctor.judge(dataclasses.replace(found, seams=(*found.seams, waiting)))
+
+    assert (answer.works, answer.warnings) == (True, ())
 
 
 @pytest.mark.parametrize("version", ["0.11.1", "1.0", "0.4.2"])

@@ -110,6 +110,8 @@ def test_the_layer_of_a_module_is_that_of_its_fused_experts(family: MoEFamily) -
         ({"converter": ":function"}, "converter must be"),
         ({"converter": "package.module:Class."}, "converter must be"),
         ({"converter": "package.module:a function"}, "converter must be"),
+        ({"converter": "*.:function"}, "converter must be"),
+        ({"converter": "package.*:function"}, "converter must be"),
         ({"experts": "layers.mlp.experts"}, "experts must say where the layer's number stands"),
         ({"router": "layers.mlp.gate"}, "router must say"),
         ({"expert_mlps": "layers.mlp"}, "expert_mlps must say"),

@@ -108,7 +108,7 @@ SAYS = {
     "patches": "failed: ZeroDivisionError",
     "kind": "nxdi_moe_families gives a int, not a MoEFamily",
     "number": "failed: TypeError",
-    "family": "converter must be 'package.module:function', not 'nowhere'",
+    "family": "converter must be 'package.module:function' or '*.module:function', not 'nowhere'",
 }
 
 

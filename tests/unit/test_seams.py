@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+
 import pytest
 
 import nxdi_expertscale
 from nxdi_expertscale.errors import IncompatibleUpstreamError
 from nxdi_expertscale.families.built_in import BUILT_IN
 from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.patch import SeamStatus, State
 from nxdi_expertscale.loading.layout import LayoutError
-from nxdi_expertscale.patches import required_seams, seams
+from nxdi_expertscale.patches import required_seams, seams, state_dict
 
 
 def test_seam_that_is_not_patched_is_refused_with_its_name_and_what_to_do() -> None:
@@ -32,7 +36,7 @@ def test_author_of_a_family_is_told_of_its_declaration(monkeypatch: pytest.Monke
     monkeypatch.setattr(
         required_seams.engine,
         "find_failed_seam",
-        lambda names, load: SeamStatus(
+        lambda names, load, may_wait: SeamStatus(
             names[-1], "gone", "convert", State.INCOMPATIBLE, "it cannot be imported"
         ),
     )
@@ -41,6 +45,38 @@ def test_author_of_a_family_is_told_of_its_declaration(monkeypatch: pytest.Monke
         required_seams.require_seams(seams.needed_by_model(PLUGINS))
     with pytest.raises(IncompatibleUpstreamError, match=r"install a release that is supported"):
         required_seams.require_seams(seams.needed_by_model(BUILT_IN[0]))
+
+
+CONTRIBUTED = MoEFamily(name="contributed", model_types=("x",), converter="*.modeling_x:convert")
+
+
+def test_converter_that_is_in_whatever_package_has_to_be_there_when_the_model_is_built(
+    write_module: Callable[..., None],
+) -> None:
+    nxdi_expertscale.activate()
+    engine.activate(state_dict.patches([CONTRIBUTED]))
+    name = seams.state_dict(CONTRIBUTED)
+
+    required_seams.require_seams([name], load=True)
+    with pytest.raises(
+        IncompatibleUpstreamError,
+        match=r"seam 'state_dict:contributed' \(\*\.modeling_x\.convert\): no module modeling_x "
+        r"that defines convert has been imported\. Import the contributed model",
+    ):
+        required_seams.require_seams([name], load=True, may_wait=False)
+
+    write_module(
+        mine__modeling_x="""
+            def convert(state_dict, config): return state_dict
+
+            class Model:
+                @staticmethod
+                def convert_hf_to_neuron_state_dict(state_dict, config):
+                    return convert(state_dict, config)
+        """
+    )
+    importlib.import_module("mine.modeling_x")
+    required_seams.require_seams([name], load=True, may_wait=False)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 
 import nxdi_expertscale
 from nxdi_expertscale.errors import IncompatibleUpstreamError
+from nxdi_expertscale.hooking.patch import SeamStatus
 from tests.harness import models
 
 CONVERTER = "convert_qwen3_moe_hf_to_neuron_state_dict"
@@ -33,13 +34,19 @@ def activated() -> Iterator[None]:
         nxdi_expertscale.deactivate()
 
 
+def seams_of_nxdi() -> list[SeamStatus]:
+    """The seams that NxDI's sources have: not those of vLLM-Neuron and of contributed models."""
+    return [
+        seam
+        for seam in nxdi_expertscale.status()
+        if not seam.module.startswith(("vllm_neuron.", "*."))
+    ]
+
+
 def places_of_seams() -> list[tuple[Any, str]]:
-    """For each seam, the module or class that holds it, and its name there."""
+    """For each seam of NxDI's, the module or class that holds it, and its name there."""
     places = []
-    for seam in nxdi_expertscale.status():
-        # vLLM-Neuron is no part of NxDI's sources.
-        if seam.module.startswith("vllm_neuron."):
-            continue
+    for seam in seams_of_nxdi():
         owner: Any = importlib.import_module(seam.module)
         *path, name = seam.attribute.split(".")
         for part in path:
@@ -52,11 +59,8 @@ def places_of_seams() -> list[tuple[Any, str]]:
 def test_every_seam_is_patched_and_deactivation_puts_back_the_very_objects() -> None:
     with activated():
         places = places_of_seams()
-        states = {
-            (seam.state, seam.reason)
-            for seam in nxdi_expertscale.status()
-            if not seam.module.startswith("vllm_neuron.")
-        }
+        states = {(seam.state, seam.reason) for seam in seams_of_nxdi()}
+        contributed = [s for s in nxdi_expertscale.status() if s.module.startswith("*.")]
         patched = [vars(owner)[name] for owner, name in places]
         signatures = [inspect.signature(getattr(owner, name)) for owner, name in places]
         nxdi_expertscale.activate()
@@ -65,6 +69,8 @@ def test_every_seam_is_patched_and_deactivation_puts_back_the_very_objects() -> 
         )
 
     assert states == {("applied", "")}
+    # No contribution is imported here, and NxDI has nothing that could be taken for one.
+    assert all(seam.state == "waiting" for seam in contributed)
     assert nxdi_expertscale.status() == ()
     for (owner, name), patch, signature in zip(places, patched, signatures, strict=True):
         original = vars(owner)[name]
