@@ -64,7 +64,9 @@ def mismatch(
         CheckpointError: The folder has no manifest, or one of the two is malformed.
     """
     manifest = read_manifest(folder)
-    return mismatch_of(open_model(folder), manifest, open_model(src), modules_to_not_convert)
+    finished = open_model(folder)
+    source = open_model(src, keep_mtp=finished.has_mtp)
+    return mismatch_of(finished, manifest, source, modules_to_not_convert)
 
 
 def remembered_mismatch(

@@ -157,7 +157,7 @@ def check_exclusions(folder: Path, modules_to_not_convert: Sequence[str]) -> Non
     excluded = excluded_modules(finished, modules_to_not_convert)
     for weight in finished.weights:
         is_quantized = weight.scale is not None
-        if not weight.is_linear or finished.family.names.is_router_key(weight.name):
+        if not weight.can_be_quantized:
             continue
         if is_quantized == (weight.module in excluded):
             found = "quantized" if is_quantized else "in full precision"

@@ -62,6 +62,7 @@ class QuantizationResult:
         modules_to_not_convert: Modules that were left in full precision.
         below_floor: Weights with channels so small that the floor of the scale, 1e-5, loses them.
         code_left_out: Scripts, binaries and ``auto_map`` of configs, which are not copied.
+        mtp_left_out: Number of tensors that predict further tokens, and were left out.
     """
 
     destination: Path
@@ -74,6 +75,7 @@ class QuantizationResult:
     modules_to_not_convert: tuple[str, ...]
     below_floor: tuple[str, ...]
     code_left_out: tuple[str, ...]
+    mtp_left_out: int
 
 
 def quantize_checkpoint(
@@ -83,6 +85,7 @@ def quantize_checkpoint(
     modules_to_not_convert: Sequence[str] = (),
     workers: int | None = None,
     overwrite: bool = False,
+    keep_mtp: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> QuantizationResult:
@@ -98,9 +101,11 @@ def quantize_checkpoint(
         dst: The folder to make; new, empty, or one that an earlier call made or began.
         modules_to_not_convert: Modules that stay in full precision, in the names of the checkpoint
             or of NxDI's modules; see :func:`~nxdi_expertscale.families.exclusions.Exclusions`.
-            The router is never converted.
+            What NxDI cannot load quantized, such as the router, is never converted.
         workers: Threads; by default as many as there are cores for this process.
         overwrite: Replace a finished folder. The old one stays until the new one is complete.
+        keep_mtp: Keep what predicts further tokens (multi-token prediction), in full precision.
+            NxDI does not load it, and by default it is left out.
         max_shard_bytes: Size of the files of weights.
         progress: Called with bytes of the source that are done, and all of them.
 
@@ -118,7 +123,7 @@ def quantize_checkpoint(
     destination = Path(dst).absolute()
 
     # 1. Open the source: its config, the headers of its files, its weights and their scales.
-    source = open_model(src)
+    source = open_model(src, keep_mtp=keep_mtp)
     warn_of_limits(source)
 
     # 2. Plan every file that will be written, and check that there is room for it.
@@ -180,6 +185,7 @@ def quantize_checkpoint(
         modules_to_not_convert=plan.exclusions,
         below_floor=below_floor,
         code_left_out=auxiliary.code,
+        mtp_left_out=source.mtp_left_out,
     )
 
 

@@ -95,7 +95,6 @@ def verify_checkpoint(
     """
     path = Path(folder).absolute()
     manifest = read_manifest(path)
-    source = None if against is None else open_model(against)
     cores = workers or available_cores()
     records = (*manifest.shards, *manifest.files)
     faults = _check_files(open_folder(path), manifest, cores)
@@ -104,6 +103,7 @@ def verify_checkpoint(
     except CheckpointError as error:
         faults.append(Fault(str(path), str(error)))
         return Verification(path, tuple(faults), len(records), 0, (), ())
+    source = None if against is None else open_model(against, keep_mtp=model.has_mtp)
     faults += [Fault(MANIFEST, what) for what in find_manifest_faults(manifest, model)]
     faults += _check_treatments(model, manifest.modules_to_not_convert)
     if source is None:
@@ -151,7 +151,7 @@ def _check_treatments(model: Model, modules_to_not_convert: Iterable[str]) -> li
         if not weight.is_linear:
             continue
         name, scale = weight.name, weight.scale
-        kept = family.names.is_router_key(name) or exclusions.leave_out(weight.module)
+        kept = not weight.can_be_quantized or exclusions.leave_out(weight.module)
         if kept and scale is not None:
             faults.append(Fault(name, "is quantized, and must be left as it is"))
         elif not kept and scale is None:

@@ -160,6 +160,11 @@ def plot_option(function: _Function) -> _Function:
 )
 @workers_option
 @click.option("--overwrite", is_flag=True, help="Replace DST once the new one is complete.")
+@click.option(
+    "--keep-mtp",
+    is_flag=True,
+    help="Keep what predicts further tokens (MTP), in full precision. NxDI does not load it.",
+)
 @json_option
 def quantize(
     *,
@@ -168,6 +173,7 @@ def quantize(
     exclusions: tuple[str, ...],
     workers: int | None,
     overwrite: bool,
+    keep_mtp: bool,
     as_json: bool,
 ) -> None:
     """Make the FP8 checkpoint DST from the checkpoint SRC.
@@ -186,6 +192,7 @@ def quantize(
             modules_to_not_convert=exclusions,
             workers=workers,
             overwrite=overwrite,
+            keep_mtp=keep_mtp,
             progress=progress,
         )
     if result.code_left_out:

@@ -42,6 +42,8 @@ def quantization_summary(result: QuantizationResult) -> str:
     }
     if result.modules_to_not_convert:
         rows["in full precision"] = listed(result.modules_to_not_convert)
+    if result.mtp_left_out:
+        rows["left out (MTP)"] = counted(result.mtp_left_out, "tensor")
     if result.resumed_shards:
         rows["from an earlier run"] = counted(result.resumed_shards, "file")
     if result.below_floor:

@@ -21,6 +21,8 @@ from nxdi_expertscale.hooking.module_names import ANY_PACKAGE
 GATE_UP = "gate_up_proj"
 DOWN = "down_proj"
 
+_USUAL_CONFIG_PATH = ("text_config",)
+
 
 class Stacking(enum.Enum):
     """How one tensor holds all experts of a layer.
@@ -85,6 +87,11 @@ class MoEFamily:
         full_precision: Modules beside the router that NxDI cannot load quantized, because the
             converter has no place for their scales; a part of their path in a checkpoint and
             among NxDI's modules.
+        renames: Paths in a checkpoint, each with the one that NxDI's modules have, of what the
+            converter does not rename, or leaves the scale of: a weight, its scale and its bias
+            come to the converter under the latter.
+        config_path: Where a ``config.json`` keeps the fields of the language model, one within
+            the other; those that there are.
         num_experts: Attributes of the model's config that may hold the number of experts.
         num_experts_per_tok: Attributes that may hold the number of experts of a token.
         intermediate_size: Attributes that may hold the experts' intermediate size.
@@ -112,6 +119,8 @@ class MoEFamily:
     converter_reads_stacked: bool = False
     converter_knows_scales: bool = False
     full_precision: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    config_path: tuple[str, ...] = _USUAL_CONFIG_PATH
     num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
     num_experts_per_tok: tuple[str, ...] = ("num_experts_per_tok",)
     intermediate_size: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
@@ -188,7 +197,19 @@ class MoEFamily:
             stacked=() if self.stacked is None else tuple(self.fused),
             prefixes=self.prefixes,
             linears=self.renamed_linears,
+            renames=self.renames,
         )
+
+    def renamed(self, name: str) -> str:
+        """The name that NxDI's modules have for a checkpoint's tensor, as far as it is declared."""
+        return self.names.rename(name)
+
+    def language_model_of(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The fields of the language model, from what a ``config.json`` holds."""
+        for part in self.config_path:
+            nested = config.get(part)
+            config = nested if isinstance(nested, Mapping) else config
+        return config
 
     def experts_of(self, config: Any) -> int | None:
         """Number of experts in a layer, from a model's config; None if it has none."""
@@ -204,4 +225,6 @@ class MoEFamily:
 
     def limits_of(self, config: Any) -> tuple[ReachedLimit, ...]:
         """What NxDI computes wrongly, or cannot load, of the model with this config."""
+        if isinstance(config, Mapping) and self.config_path != _USUAL_CONFIG_PATH:
+            config = self.language_model_of(config)
         return find_reached(self.limits, config)

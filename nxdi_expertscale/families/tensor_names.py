@@ -50,6 +50,7 @@ class TensorNames:
         stacked: Collection[str],
         prefixes: Iterable[str],
         linears: Iterable[RenamedLinear] = (),
+        renames: Iterable[tuple[str, str]] = (),
     ) -> None:
         """Make a reader from a family's paths, each with ``{layer}`` for the layer's number.
 
@@ -61,6 +62,7 @@ class TensorNames:
             stacked: Names of the tensors with all experts of a layer; none where there are none.
             prefixes: What may stand before a path in a checkpoint, and nothing else.
             linears: Linear layers that have other names among NxDI's modules.
+            renames: Paths in a checkpoint, each with the one that NxDI's modules have.
         """
         names, start = _any_of(projections), rf"(?:{_any_of(prefixes)})"
         self._expert = re.compile(
@@ -69,12 +71,23 @@ class TensorNames:
         )
         self._router = re.compile(rf"{start}{_with_layer(router)}\.\w+\Z")
         self._layer = re.compile(rf"{start}{_with_layer(_layer_path(experts))}\.(?P<rest>.+)\Z")
+        self._mtp = re.compile(rf"{start}mtp\.")
+        block = experts.rpartition(".")[0]
+        self._block = (
+            None
+            if block == _layer_path(experts)
+            else re.compile(rf"{start}{_with_layer(block)}\.(?P<rest>.+)\Z")
+        )
         self._module = re.compile(rf"(?:^|\.){_with_layer(expert_mlps)}(?:\.|$)")
         self._stacked = (
             re.compile(rf"{start}{_with_layer(experts)}\.(?P<fused>{_any_of(stacked)})\Z")
             if stacked
             else None
         )
+        self._renames = [
+            (re.compile(rf"(?P<start>{start}){_with_layer(old)}(?P<rest>(?:\.\w+)*)\Z"), new)
+            for old, new in renames
+        ]
         self._linears = [
             (linear, re.compile(rf"{before}{_with_layer(path)}\Z"))
             for linear in linears
@@ -109,6 +122,15 @@ class TensorNames:
         layer = int(next(iter(found.values()))["layer"])
         return LinearPlace(layer, tuple(found))
 
+    def rename(self, key: str) -> str:
+        """The name that NxDI's modules have for a tensor, where it is declared; else its own."""
+        for pattern, new in self._renames:
+            match = pattern.match(key)
+            if match is not None:
+                layer = match.groupdict().get("layer")
+                return f"{match['start']}{new.format(layer=layer)}{match['rest']}"
+        return key
+
     def is_router_key(self, key: str) -> bool:
         """Whether a name is that of a router's tensor."""
         return self._router.match(key) is not None
@@ -116,6 +138,27 @@ class TensorNames:
     def parse_layer_key(self, key: str) -> tuple[int, str] | None:
         """Read the layer of a tensor and its name within the layer; None outside the layers."""
         match = self._layer.match(key)
+        return (int(match["layer"]), match["rest"]) if match else None
+
+    def is_mtp_key(self, key: str, num_layers: int) -> bool:
+        """Whether a tensor is of what predicts further tokens (multi-token prediction, MTP).
+
+        Hugging Face's checkpoints have it as layers beyond the last one (DeepSeek-V3, GLM-4.5) or
+        beneath ``mtp`` (Qwen3-Next).
+
+        Args:
+            key: The tensor's name.
+            num_layers: The model's number of layers.
+        """
+        place = self.parse_layer_key(key)
+        return self._mtp.match(key) is not None if place is None else place[0] >= num_layers
+
+    def parse_block_key(self, key: str) -> tuple[int, str] | None:
+        """Read the layer of a tensor in an MoE block, and its name there; None for any other.
+
+        The block is the module with the experts in it. A layer itself is none.
+        """
+        match = self._block.match(key) if self._block is not None else None
         return (int(match["layer"]), match["rest"]) if match else None
 
     def layer_of_module(self, module: str) -> int | None:

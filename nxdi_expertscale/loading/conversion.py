@@ -23,7 +23,7 @@ from nxdi_expertscale.loading import expert_scales, expert_weights
 from nxdi_expertscale.loading.channel_scales import per_channel_scales
 from nxdi_expertscale.loading.expert_scales import LayerScales
 from nxdi_expertscale.loading.layout import LayoutError
-from nxdi_expertscale.loading.names import in_state_dict, scale_of
+from nxdi_expertscale.loading.names import in_state_dict, scale_in_state_dict, scale_of
 from nxdi_expertscale.loading.routers import dequantized_routers, replace_routers
 from nxdi_expertscale.loading.threads import one_thread
 from nxdi_expertscale.loading.values import check_values
@@ -33,6 +33,28 @@ from nxdi_expertscale.settings.settings import FLAG, PER_CHANNEL, Settings
 _logger = logging.getLogger("nxdi_expertscale")
 
 StateDict = MutableMapping[str, torch.Tensor]
+
+
+def name_for_modules(state_dict: StateDict, family: MoEFamily) -> None:
+    """Give tensors the names that NxDI has for them, where nothing else does.
+
+    A scale is ``.scale`` in NxDI: some models have a ``get_state_dict`` of their own, which leaves
+    the checkpoint's ``.weight_scale``. What a family renames is renamed with its scale.
+
+    Args:
+        state_dict: A checkpoint's tensors as NxDI's converter is given them; changed in place.
+        family: The names in it.
+
+    Raises:
+        CheckpointError: A tensor is there under both names.
+    """
+    for old in list(state_dict):
+        new = family.renamed(scale_in_state_dict(old))
+        if new == old:
+            continue
+        if new in state_dict:
+            raise CheckpointError(f"{old}: is there as {new} as well; remove one of the two")
+        state_dict[new] = state_dict.pop(old)
 
 
 def take_out_scales(
@@ -181,8 +203,16 @@ def _check_dtype(
         )
 
 
-def names_for_converter(settings: Settings, family: MoEFamily) -> tuple[str, ...]:
+def names_for_converter(
+    settings: Settings, family: MoEFamily, state_dict: Mapping[str, torch.Tensor]
+) -> tuple[str, ...]:
     """The exclusions with those names by which NxDI's converter knows a layer's attention.
+
+    Args:
+        settings: What the model is loaded with.
+        family: The names in the state dict.
+        state_dict: A checkpoint's tensors. An attention is in full precision there as well that
+            cannot be quantized, because it has biases.
 
     Raises:
         ConfigurationError: They name a part of what NxDI fuses.
@@ -190,7 +220,17 @@ def names_for_converter(settings: Settings, family: MoEFamily) -> tuple[str, ...
     if not settings.fused_qkv:
         return settings.exclusions
     attention = attention_without_scales(settings.exclusions, settings.num_layers, family)
-    return tuple(dict.fromkeys((*settings.exclusions, *attention)))
+    biased = (
+        linear.module_paths(layer)[0].rpartition(".")[0].rpartition(".")[0]
+        for layer in range(settings.num_layers)
+        for linear in family.renamed_linears
+        if linear.fused and _is_biased(state_dict, linear.checkpoint_path(layer))
+    )
+    return tuple(dict.fromkeys((*settings.exclusions, *attention, *biased)))
+
+
+def _is_biased(state_dict: Mapping[str, torch.Tensor], path: str) -> bool:
+    return f"{path}.bias" in state_dict and f"{path}.scale" not in state_dict
 
 
 @one_thread()

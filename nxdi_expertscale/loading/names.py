@@ -9,7 +9,11 @@ from __future__ import annotations
 
 def in_state_dict(name: str) -> str:
     """The name in NxDI's state dict of a checkpoint's tensor."""
-    name = name.removeprefix("model.")
+    return scale_in_state_dict(name.removeprefix("model."))
+
+
+def scale_in_state_dict(name: str) -> str:
+    """The name of a tensor with NxDI's for a scale."""
     is_scale = name.endswith(".weight_scale")
     return name.removesuffix("weight_scale") + "scale" if is_scale else name
 

@@ -20,6 +20,15 @@ from nxdi_expertscale.settings.settings import FLAG, PER_CHANNEL, Settings
 _CARRIED_OVER = ("quantized_dtype", "activation_quantization_type", "clamp_bound")
 
 
+_EXPERTS = "ExpertFusedLinear"
+
+_SHARED_EXPERTS = "SharedExperts"
+"""Multiplies by the weights of its layers as they are (``modules/moe/shared_experts.py``)."""
+
+_PARALLEL_LINEARS = ("ColumnParallelLinear", "RowParallelLinear")
+"""Have no quantized form with a bias (``quantization/quantization_layers.py``)."""
+
+
 @dataclass(frozen=True)
 class ExpertLayer:
     """One of a model's fused expert layers.
@@ -69,8 +78,7 @@ def find_expert_layers(model: torch.nn.Module) -> tuple[ExpertLayer, ...]:
     paths: dict[int, list[str]] = {}
     found: dict[int, torch.nn.Module] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        # By the name of its class, wherever this release of NxD keeps it.
-        if any(parent.__name__ == "ExpertFusedLinear" for parent in type(module).__mro__):
+        if _is_a(module, _EXPERTS):
             found[id(module)] = module
             paths.setdefault(id(module), []).append(path)
     return tuple(
@@ -87,20 +95,30 @@ def find_expert_layers(model: torch.nn.Module) -> tuple[ExpertLayer, ...]:
 def find_excluded_modules(
     model: torch.nn.Module, modules_to_not_convert: Sequence[str], family: MoEFamily
 ) -> tuple[str, ...]:
-    """Find the modules beside the experts that exclusions name, by their paths.
+    """Find the modules beside the experts that stay in full precision, by their paths.
 
-    NxD takes names as parts of paths, and those of modules alone: it would leave the queries alone
-    for ``v_proj``, which is a part of ``qkv_proj``, and nothing for a checkpoint's names.
+    They are those that exclusions name, and those that NxD cannot load quantized. NxD takes names
+    as parts of paths, and those of modules alone: it would leave the queries alone for ``v_proj``,
+    which is a part of ``qkv_proj``, and nothing for a checkpoint's names.
 
     Raises:
         ConfigurationError: They name a part of what NxDI fuses.
     """
+    shared = tuple(
+        f"{path}."
+        for path, module in model.named_modules(remove_duplicate=False)
+        if _is_a(module, _SHARED_EXPERTS)
+    )
     return tuple(
         path
         for path, module in model.named_modules(remove_duplicate=False)
         if hasattr(module, "weight")
         and family.names.layer_of_module(path) is None
-        and is_excluded(path, modules_to_not_convert, family)
+        and (
+            is_excluded(path, modules_to_not_convert, family)
+            or path.startswith(shared)
+            or (_is_a(module, *_PARALLEL_LINEARS) and getattr(module, "bias", None) is not None)
+        )
     )
 
 
@@ -229,6 +247,11 @@ def _check_second_experts(layers: Sequence[ExpertLayer]) -> None:
                 "both; remove hybrid_sharding_config, or moe_fused_nki_kernel_enabled where it "
                 "is set"
             )
+
+
+def _is_a(module: torch.nn.Module, *names: str) -> bool:
+    """Whether a module is of a class of NxD, by its name, wherever this release keeps it."""
+    return any(parent.__name__ in names for parent in type(module).__mro__)
 
 
 def _paths(layers: Sequence[ExpertLayer]) -> tuple[str, ...]:

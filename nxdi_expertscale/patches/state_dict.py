@@ -82,6 +82,7 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
     ) -> dict[str, torch.Tensor]:
         from nxdi_expertscale.checkpoint.finished import checked_tensors
         from nxdi_expertscale.loading.conversion import (
+            name_for_modules,
             names_for_converter,
             put_in_scales,
             take_out_scales,
@@ -99,6 +100,7 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
                 _logger.warning("the experts' scales are left to NxDI: %s", reason)
                 return wrapped(*args, **kwargs)
         with required_seams.layout_errors(seams.state_dict(family), family):
+            name_for_modules(state_dict, family)
             layers = take_out_scales(
                 state_dict,
                 family,
@@ -106,7 +108,7 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
                 quantized_dtype=quantized_dtype(neuron_config),
                 checked_tensors=checked_tensors(settings.quantized_checkpoints_path),
             )
-        names = names_for_converter(settings, family)
+        names = names_for_converter(settings, family, state_dict)
         with exclusions_for_upstream(neuron_config, names):
             converted = wrapped(*args, **kwargs)
         with required_seams.layout_errors(seams.state_dict(family), family):

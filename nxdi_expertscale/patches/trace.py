@@ -79,6 +79,10 @@ def _invoke_preshard_hook(
             f"{missing}: missing; {type(model).__name__} cannot be loaded without it: make or "
             "download the checkpoint again"
         ) from error
+    if is_on:
+        from nxdi_expertscale.loading.plain_linears import dequantize_plain_linears
+
+        dequantize_plain_linears(model, state_dict)
     _check_filled(model, state_dict, is_on=is_on)
     if not has_values:
         raise CheckedWithoutValues

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -318,4 +319,40 @@ def test_the_converter_is_told_of_attention_as_it_looks_for_it(
 ) -> None:
     found = settings(modules_to_not_convert=["Wqkv"], fused_qkv=fused)
 
-    assert conversion.names_for_converter(found, QWEN3_MOE) == expected
+    assert conversion.names_for_converter(found, QWEN3_MOE, {}) == expected
+
+    biased = {f"layers.0.self_attn.{name}_proj.bias": torch.ones(4) for name in "qkv"}
+    without_names = settings(fused_qkv=fused)
+    names = conversion.names_for_converter(without_names, QWEN3_MOE, biased)
+    assert names == expected[1:]
+
+
+def test_names_that_a_model_leaves_as_they_are_in_its_checkpoint_are_nxdis() -> None:
+    family = replace(
+        QWEN3_MOE,
+        renames=(
+            ("layers.{layer}.mlp.shared", "layers.{layer}.shared"),
+            ("layers.{layer}.mlp.gate.bias", "layers.{layer}.mlp.router.bias"),
+        ),
+    )
+    state_dict = {
+        "layers.1.mlp.shared.up.weight": torch.ones(1),
+        "layers.1.mlp.shared.up.weight_scale": torch.ones(2),
+        "layers.1.mlp.gate.bias": torch.ones(3),
+        "layers.1.mlp.gate.weight": torch.ones(4),
+        "layers.1.self_attn.o_proj.weight_scale": torch.ones(5),
+    }
+
+    conversion.name_for_modules(state_dict, family)
+
+    assert {name: len(value) for name, value in state_dict.items()} == {
+        "layers.1.shared.up.weight": 1,
+        "layers.1.shared.up.scale": 2,
+        "layers.1.mlp.router.bias": 3,
+        "layers.1.mlp.gate.weight": 4,
+        "layers.1.self_attn.o_proj.scale": 5,
+    }
+    with pytest.raises(CheckpointError, match=r"weight_scale: is there as .*o_proj\.scale as well"):
+        conversion.name_for_modules(
+            {**state_dict, "layers.1.self_attn.o_proj.weight_scale": torch.ones(1)}, family
+        )

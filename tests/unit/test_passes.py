@@ -147,6 +147,30 @@ def test_excluded_modules_are_named_by_their_whole_paths(
     assert set(found) == {paths[name] for name in excluded}
 
 
+class ColumnParallelLinear(torch.nn.Linear):
+    """By the name of NxD's."""
+
+
+class SharedExperts(torch.nn.Module):
+    """By the name of NxD's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_proj = ColumnParallelLinear(HIDDEN, HIDDEN, bias=False)
+
+
+def test_modules_that_nxd_cannot_load_quantized_are_left_alone() -> None:
+    model = model_of(1)
+    layer = model.get_submodule("layers.0")
+    layer.q_proj = ColumnParallelLinear(HIDDEN, HIDDEN)  # type: ignore[assignment]
+    layer.o_proj = ColumnParallelLinear(HIDDEN, HIDDEN, bias=False)  # type: ignore[assignment]
+    layer.shared_experts = SharedExperts()  # type: ignore[assignment]
+
+    found = passes.find_excluded_modules(model, [], QWEN3_MOE)
+
+    assert found == ("layers.0.q_proj", "layers.0.shared_experts.down_proj")
+
+
 def test_what_the_family_cannot_load_quantized_is_skipped() -> None:
     plan = passes.plan_passes([], [], [], LLAMA4, expert_wise=True)
 

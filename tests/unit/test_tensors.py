@@ -50,8 +50,8 @@ def refused(tmp_path: Path, message: str) -> None:
             r"experts\.4\.up_proj\.weight: is there, and config.json says 4 experts",
         ),
         (
-            having("model.layers.2.mlp.experts.0.up_proj.weight", torch.ones(40, 48)),
-            "has experts of layer 2, and config.json says 2 layers",
+            having("model.layers.0.mlp.gate.e_score_correction_bias", torch.ones(3)),
+            r"e_score_correction_bias: has shape \[3\], and config.json says \[4\]",
         ),
         (
             having(f"{EXPERT}.up_proj.weight", torch.ones(41, 48)),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nxdi_expertscale.errors import CheckpointError
-from tests.harness import compiling, models, processes
+from tests.harness import compiling, models, processes, whole_model
 from tests.harness.targets import Target
 
 pytestmark = pytest.mark.usefixtures("active")
@@ -50,10 +50,14 @@ O_PROJ = "layers.0.self_attn.o_proj"
 BIAS = "e_score_correction_bias"
 
 
-def _never_convert(model: Any) -> None:
+class Linear(nn.Linear):
+    """A layer that NxD does not know, and that may compute anything."""
+
+
+def _never_convert(model: Any, cls: type[nn.Linear] = Linear) -> None:
     projection = model.layers[0].self_attn.o_proj
     out, inputs = projection.o_proj.weight.shape
-    projection.o_proj = nn.Linear(inputs, out, bias=False)
+    projection.o_proj = cls(inputs, out, bias=False)
 
 
 def _add_router_bias(model: Any) -> None:
@@ -198,6 +202,26 @@ def test_broken_link_is_warned_of_without_the_flag(
 
     warnings = [line for line in caplog.messages if "the model may answer nonsense: " in line]
     assert len([line for line in warnings if re.search(BREAKS[name].expected, line)]) == 1
+
+
+def test_plain_linear_that_nxdi_never_converts_gets_numbers(
+    nxdi: Any,
+    moe: Path,
+    fp8: dict[str, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plain = Break("", edit_model=lambda model: _never_convert(model, nn.Linear))
+    application = application_of(moe, fp8, tmp_path / "fp8", plain, expert_wise_scale=True)
+
+    with caplog.at_level(logging.WARNING, "nxdi_expertscale"):
+        loaded = nxdi.load_application(application)
+
+    weight = loaded.module.layers[0].self_attn.o_proj.o_proj.weight
+    expected = nxdi.load(moe).module.layers[0].self_attn.o_proj.o_proj.weight
+    assert weight.dtype == expected.dtype
+    assert whole_model.relative_error(weight, expected) < whole_model.WITHIN_FP8
+    assert [line for line in caplog.messages if "were dequantized: o_proj;" in line]
 
 
 def test_unquantized_model_is_left_alone(nxdi: Any, moe: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ def check_architecture(files: WeightFiles, config: ModelConfig, family: MoEFamil
     found: dict[int, set[tuple[int, str]]] = defaultdict(set)
     for name, tensor in files.tensors.items():
         place = family.names.parse_expert_key(name)
+        if family.names.is_mtp_key(name, config.num_hidden_layers):
+            continue
         if place is not None and place.suffix == "weight":
             found[place.layer].add((place.expert, place.projection))
             shape = (hidden, inner) if place.projection == family.down else (inner, hidden)
@@ -36,12 +38,19 @@ def check_architecture(files: WeightFiles, config: ModelConfig, family: MoEFamil
         if found[layer] or not _has_dense_mlp(files, family, layer):
             _check_experts(files, config, family, layer, found[layer])
             _check_tensor(files, family, family.router_key(layer), (config.num_experts, hidden))
-    beyond = [layer for layer in found if layer >= config.num_hidden_layers]
-    if beyond:
-        raise CheckpointError(
-            f"{files.folder.path}: has experts of layer {min(beyond)}, and {CONFIG} says "
-            f"{config.num_hidden_layers} layers; one of them is another model's"
-        )
+    _check_router_biases(files, config, family)
+
+
+def _check_router_biases(files: WeightFiles, config: ModelConfig, family: MoEFamily) -> None:
+    """Check that what is added to the experts' scores is one number for each expert.
+
+    Hugging Face has it in the router (``mlp.gate.e_score_correction_bias``), or beside it.
+    """
+    for name, tensor in files.tensors.items():
+        place = family.names.parse_block_key(name)
+        is_beside_router = place is not None and "." not in place[1]
+        if name.endswith("bias") and (is_beside_router or family.names.is_router_key(name)):
+            _check_shape(files, tensor, (config.num_experts,))
 
 
 def _check_names(files: WeightFiles, family: MoEFamily) -> None:

@@ -20,7 +20,7 @@ class ModelConfig:
     """A model's config, in Hugging Face's own names.
 
     Of a model that also sees or hears these are the fields of its language model
-    (``text_config``). What a config may leave out is None.
+    (``text_config``, or as the family says). What a config may leave out is None.
 
     Attributes:
         where: Its file, for messages.
@@ -97,8 +97,7 @@ def read_config(raw: Mapping[str, Any], family: MoEFamily, where: str) -> ModelC
         CheckpointError: A size that every model has is missing, or a field has another type than
             it should.
     """
-    nested = raw.get("text_config")
-    fields = _Fields(nested if isinstance(nested, Mapping) else raw, where)
+    fields = _Fields(family.language_model_of(raw), where)
     num_experts = family.experts_of(fields.values)
     moe_intermediate_size = family.intermediate_size_of(fields.values)
     if (

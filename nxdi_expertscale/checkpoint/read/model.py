@@ -10,6 +10,7 @@ from nxdi_expertscale.checkpoint.read.architecture import check_architecture
 from nxdi_expertscale.checkpoint.read.config import ModelConfig, read_config
 from nxdi_expertscale.checkpoint.read.files import CONFIG, WeightFiles, read_weight_files
 from nxdi_expertscale.checkpoint.read.layers import check_layers
+from nxdi_expertscale.checkpoint.read.mtp import without_mtp
 from nxdi_expertscale.checkpoint.read.scales import Scheme, read_scheme
 from nxdi_expertscale.checkpoint.read.stacked import unstack_experts
 from nxdi_expertscale.checkpoint.read.tensors import Weight, read_weights
@@ -29,6 +30,8 @@ class Model:
         family: The family that it belongs to.
         scheme: How it is quantized; None if it is not.
         weights: Its weights, each with its scale, in the order of the files.
+        mtp_left_out: Number of tensors in the files that predict further tokens, and are not
+            among the weights.
     """
 
     files: WeightFiles
@@ -36,19 +39,26 @@ class Model:
     family: MoEFamily
     scheme: Scheme | None
     weights: tuple[Weight, ...]
+    mtp_left_out: int
 
     @property
     def folder(self) -> Folder:
         """The folder that it lies in."""
         return self.files.folder
 
+    @property
+    def has_mtp(self) -> bool:
+        """Whether tensors that predict further tokens are among its weights."""
+        return any(weight.is_mtp for weight in self.weights)
 
-def open_model(path: str | os.PathLike[str]) -> Model:
+
+def open_model(path: str | os.PathLike[str], *, keep_mtp: bool = True) -> Model:
     """Open a checkpoint and check all that can be checked without reading a weight.
 
     Args:
         path: A folder with ``config.json`` and safetensors files, in the layout of Hugging Face.
             Experts may be stored one by one, or as one tensor for all of a layer.
+        keep_mtp: Whether tensors that predict further tokens are seen, which are not the model's.
 
     Raises:
         CheckpointError: It is not a checkpoint, or not one of a supported model; a file is
@@ -62,7 +72,11 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     config = read_config(raw, family, where)
     scheme = read_scheme(config)
     files = unstack_experts(read_weight_files(folder), config, family)
-    weights = read_weights(files, family, scheme)
+    mtp_left_out = 0
+    if not keep_mtp:
+        every, files = files, without_mtp(files, config, family)
+        mtp_left_out = len(every.tensors) - len(files.tensors)
+    weights = read_weights(files, family, scheme, config.num_hidden_layers)
     check_architecture(files, config, family)
     check_layers(files, config, family)
-    return Model(files, config, family, scheme, weights)
+    return Model(files, config, family, scheme, weights, mtp_left_out)

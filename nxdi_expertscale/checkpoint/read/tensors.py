@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from nxdi_expertscale.checkpoint.read.files import WeightFiles
 from nxdi_expertscale.checkpoint.read.scales import (
@@ -37,12 +38,17 @@ class Weight:
         expert: Its place, if it is an expert's.
         is_linear: Whether it is the weight of a linear layer, experts and routers included.
         scale: Its scale, if it is quantized.
+        can_be_quantized: Whether NxDI can load it quantized, as far as its place says; see
+            :func:`read_weights`.
+        is_mtp: Whether it is of what predicts further tokens, and not of the model.
     """
 
     tensor: StoredTensor
     expert: ExpertTensor | None
     is_linear: bool
     scale: BlockScale | None = None
+    can_be_quantized: bool = True
+    is_mtp: bool = False
 
     @property
     def name(self) -> str:
@@ -61,14 +67,20 @@ def module_of(name: str) -> str:
 
 
 def read_weights(
-    files: WeightFiles, family: MoEFamily, scheme: Scheme | None
+    files: WeightFiles, family: MoEFamily, scheme: Scheme | None, num_layers: int
 ) -> tuple[Weight, ...]:
     """Find each weight's scale, and check that its values can be read.
+
+    What NxDI cannot load quantized is told by its place: routers (``nn.Linear``), linear layers
+    with a bias (NxD's ``quantization_layers.py`` has none), and what else is in an MoE block, as
+    shared experts are (NxD's ``modules/moe/shared_experts.py`` multiplies by their weights as they
+    are). What predicts further tokens NxDI does not load at all.
 
     Args:
         files: The checkpoint's files.
         family: The names in it.
         scheme: How it is quantized.
+        num_layers: The model's number of layers.
 
     Returns:
         The weights in the order of the files. Scales are not among them.
@@ -79,11 +91,31 @@ def read_weights(
     """
     scales = find_scales(files)
     names_of_scales = {scale.name for scale in scales.values()}
-    return tuple(
-        _read_weight(files, family, tensor, scales.get(name), scheme)
-        for name, tensor in files.tensors.items()
-        if name not in names_of_scales
-    )
+    with_experts = {
+        place.layer for place in map(family.names.parse_expert_key, files.tensors) if place
+    }
+    weights = []
+    for name, tensor in files.tensors.items():
+        if name in names_of_scales:
+            continue
+        weight = _read_weight(files, family, tensor, scales.get(name), scheme)
+        if family.names.is_mtp_key(name, num_layers):
+            weight = replace(weight, expert=None, can_be_quantized=False, is_mtp=True)
+        elif not _can_be_quantized(files, family, weight, with_experts):
+            weight = replace(weight, can_be_quantized=False)
+        weights.append(weight)
+    return tuple(weights)
+
+
+def _can_be_quantized(
+    files: WeightFiles, family: MoEFamily, weight: Weight, with_experts: Collection[int]
+) -> bool:
+    if not weight.is_linear or weight.expert is not None:
+        return weight.is_linear
+    if family.names.is_router_key(weight.name) or f"{weight.module}.bias" in files.tensors:
+        return False
+    place = family.names.parse_block_key(family.renamed(weight.name))
+    return place is None or place[0] not in with_experts
 
 
 def _read_weight(

@@ -136,7 +136,8 @@ def make_plan(model: Model, modules_to_not_convert: Iterable[str], max_shard_byt
     """Decide what is done with each tensor, and in which file it is written.
 
     What is quantized is what NxDI's own step quantizes (``application_base.py``,
-    ``generate_quantized_state_dict``: every linear layer, ``lm_head`` too), except the router.
+    ``generate_quantized_state_dict``: every linear layer, ``lm_head`` too), except what NxDI
+    cannot load quantized (:func:`~nxdi_expertscale.checkpoint.read.tensors.read_weights`).
     What is not quantized keeps its dtype; if it was quantized it gets the model's.
 
     Args:
@@ -200,7 +201,7 @@ def kept_by_source(model: Model) -> tuple[str, ...]:
     family, names = model.family, dict[str, None]()
     quantized = {w.expert.layer for w in model.weights if w.expert and w.scale is not None}
     for weight in model.weights:
-        if not weight.is_linear or weight.scale or family.names.is_router_key(weight.name):
+        if not weight.can_be_quantized or weight.scale:
             continue
         if weight.expert is None:
             names[weight.module.removeprefix("model.")] = None
@@ -246,11 +247,7 @@ def tensors_to_quantize(model: Model, modules_to_not_convert: Iterable[str]) -> 
 
 
 def _is_to_be_quantized(weight: Weight, exclusions: Exclusions) -> bool:
-    return (
-        weight.is_linear
-        and not exclusions.family.names.is_router_key(weight.name)
-        and not exclusions.leave_out(weight.module)
-    )
+    return weight.can_be_quantized and not exclusions.leave_out(weight.module)
 
 
 def _plan_tensor(weight: Weight, exclusions: Exclusions, full_precision: str) -> PlannedTensor:
