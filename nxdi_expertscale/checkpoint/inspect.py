@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +31,15 @@ class LayerSpread:
             quantized with its own scale and all are read with the mean of the scales, as they
             are without expert-wise scales. Rounding is not in it.
         experts: For each expert, its scale over the mean of all, the median of all channels.
+        projections: The same of the channels of each projection, by its name: where one's scales
+            rise from expert to expert and another's fall, the median of all shows neither.
     """
 
     layer: int
     spread: float
     shared_scale_error: float
     experts: tuple[float, ...]
+    projections: Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def inspect_checkpoint(
         made_by=read_manifest(path).version if (path / MANIFEST).is_file() else None,
         dtypes=dict(sorted(dtypes.items())),
         num_experts=model.config.num_experts,
-        layers=tuple(_spreads(measured)),
+        layers=tuple(_spreads(measured, model.family.projections)),
         below_floor=tuple(sorted(below_floor)),
     )
 
@@ -156,24 +159,31 @@ def _measure(reader: ValueReader, chunk: Chunk) -> _Rows:
     return _Rows(scale, values.square_().sum(dim=-1), too_small)
 
 
-def _spreads(measured: Mapping[ExpertTensor, Mapping[int, _Rows]]) -> Iterator[LayerSpread]:
+def _spreads(
+    measured: Mapping[ExpertTensor, Mapping[int, _Rows]], projections: Sequence[str]
+) -> Iterator[LayerSpread]:
     """Put the chunks of each layer together, and compare its experts."""
     layers: dict[int, dict[str, dict[int, ExpertTensor]]] = defaultdict(lambda: defaultdict(dict))
     for place in measured:
         layers[place.layer][place.projection][place.expert] = place
-    for layer, projections in sorted(layers.items()):
-        scale_of_each, energy_of_each = [], []
-        for experts in projections.values():
+    for layer, places in sorted(layers.items()):
+        scale_of_each, energy_of_each = dict[str, torch.Tensor](), list[torch.Tensor]()
+        for projection in projections:
+            experts = places[projection]
             rows = [_joined(measured[experts[expert]]) for expert in sorted(experts)]
-            scale_of_each.append(torch.stack([each.scale for each in rows]).unsqueeze(1))
+            scale_of_each[projection] = torch.stack([each.scale for each in rows]).unsqueeze(1)
             energy_of_each.append(torch.stack([each.energy for each in rows]).unsqueeze(1))
         # [E, 1, channels of all projections]
-        scale, energy = scales.fuse(scale_of_each), scales.fuse(energy_of_each)
+        scale, energy = scales.fuse([*scale_of_each.values()]), scales.fuse(energy_of_each)
         yield LayerSpread(
             layer=layer,
             spread=scales.spread(scale).median,
             shared_scale_error=scales.error_of_average(scale, energy),
             experts=tuple(scales.relative_to_average(scale).tolist()),
+            projections={
+                name: tuple(scales.relative_to_average(own).tolist())
+                for name, own in scale_of_each.items()
+            },
         )
 
 

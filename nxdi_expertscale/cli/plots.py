@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +13,14 @@ from nxdi_expertscale.errors import ConfigurationError, printable, shorten
 
 if TYPE_CHECKING:
     from nxdi_expertscale.checkpoint import Inspection
+    from nxdi_expertscale.checkpoint.inspect import LayerSpread
     from nxdi_expertscale.evaluation.evaluate import Evaluation
 
 _FORMATS = (".png", ".pdf", ".svg")
 _ORIGINAL, _EXPERT_WISE, _AVERAGED = "tab:gray", "tab:blue", "tab:red"
+_WELL_APART = 1.5
+"""A factor from the mean at which it is no accident on which side of it a projection lies."""
+
 _TALLEST = 40.0
 """Inches of the tallest picture: a row for each layer of 170, and narrower rows beyond."""
 
@@ -47,7 +53,8 @@ def draw_heat_map(result: Inspection, file: Path) -> None:
     """Draw the scale of each expert over the mean of its layer, as a heat map.
 
     One row for each layer, one column for each expert; beside it the error that one shared scale
-    would cause in each layer.
+    would cause in each layer. Projections that lie in opposite directions, which the median of all
+    channels would not show, are drawn apart.
 
     Args:
         result: The spread of the experts' scales.
@@ -58,30 +65,37 @@ def draw_heat_map(result: Inspection, file: Path) -> None:
         OSError: The file cannot be written.
     """
     from matplotlib.colors import LogNorm
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
     if not result.layers:
         raise ConfigurationError(f"--plot: {result.folder} has no experts to draw")
     names = [str(layer.layer) for layer in result.layers]
-    ratios = [layer.experts for layer in result.layers]
+    ratios = panels(result.layers)
     # Symmetric about 1, and never so narrow that differences of a percent look like much.
-    extreme = max(1.25, *(max(ratio, 1 / ratio) for row in ratios for ratio in row))
-    figure = _figure(11, min(max(3.2, 0.22 * len(names) + 2), _TALLEST))
-    heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
-    image = heat.imshow(
-        ratios,
-        aspect="auto",
-        cmap="RdBu_r",
-        norm=LogNorm(1 / extreme, extreme),
-        interpolation="nearest",
-    )
-    heat.set(xlabel="expert", ylabel="layer", title="scale of each expert over its layer's mean")
-    heat.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+    drawn = [ratio for rows in ratios.values() for row in rows for ratio in row]
+    extreme = max(1.25, *(max(ratio, 1 / ratio) for ratio in drawn))
+    height = min(max(3.2, 0.22 * len(names) + 2), _TALLEST)
+    figure = _figure(4 + 7 * len(ratios) ** 0.5, height)
+    widths = (*(4 for _ in ratios), len(ratios) ** 0.5)
+    *heats, bars = figure.subplots(1, len(ratios) + 1, sharey=True, width_ratios=widths)
+    for heat, (title, rows) in zip(heats, ratios.items(), strict=True):
+        image = heat.imshow(
+            rows,
+            aspect="auto",
+            cmap="RdBu_r",
+            norm=LogNorm(1 / extreme, extreme),
+            interpolation="nearest",
+        )
+        heat.set(xlabel="expert", title=title)
+        heat.xaxis.set_major_locator(MaxNLocator(16 // len(ratios), integer=True))
+    heats[0].set_ylabel("layer")
     step = -(-len(names) // 48)
-    heat.set_yticks(range(0, len(names), step), names[::step])
-    steps = [extreme ** (part / 4) for part in range(-4, 5)]
-    bar = figure.colorbar(image, ax=heat, ticks=steps, format=FuncFormatter(_ratio), pad=0.02)
-    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    heats[0].set_yticks(range(0, len(names), step), names[::step])
+    bar = figure.colorbar(image, ax=heats, pad=0.02)
+    # A logarithmic bar puts ticks of its own back when these are given to its constructor.
+    bar.set_ticks(round_ticks(extreme))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(_ratio))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
     bars.barh(range(len(names)), [layer.shared_scale_error for layer in result.layers], color="0.4")
     bars.set(xlabel="error of the weights", title="with one shared scale", xlim=(0, None))
     bars.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -89,8 +103,36 @@ def draw_heat_map(result: Inspection, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+def panels(layers: Sequence[LayerSpread]) -> dict[str, list[tuple[float, ...]]]:
+    """What each panel shows, by its title: of each layer, each expert's scale over the mean."""
+    whole = {"scale of each expert over its layer's mean": [layer.experts for layer in layers]}
+    if not any(map(_cancels, layers)):
+        return whole
+    return {
+        f"{name}: scale over the mean": [layer.projections[name] for layer in layers]
+        for name in layers[0].projections
+    }
+
+
+def _cancels(layer: LayerSpread) -> bool:
+    """Whether an expert's scale is well above the mean in one projection, below it in another."""
+    of_each_expert = zip(*layer.projections.values(), strict=True)
+    return any(
+        max(ratios) > _WELL_APART and min(ratios) < 1 / _WELL_APART for ratios in of_each_expert
+    )
+
+
+def round_ticks(extreme: float) -> list[float]:
+    """Round factors on both sides of 1, within what a bar shows; at most nine in all."""
+    octaves = int(math.log2(extreme))
+    stride = -(-octaves // 4)
+    powers = [2.0**octave for octave in range(stride, octaves + 1, stride)] if octaves else []
+    ticks = powers or [step for step in (1.1, 1.25, 1.5) if step <= extreme]
+    return [*(1 / step for step in reversed(ticks)), 1.0, *ticks]
+
+
 def _ratio(value: float, _position: int | None = None) -> str:
-    return f"{value:.2f}" if value >= 1 else f"1/{1 / value:.2f}"
+    return f"{value:g}" if value >= 1 else f"1/{1 / value:g}"
 
 
 def draw_evaluation(result: Evaluation, file: Path) -> None:

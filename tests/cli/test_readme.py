@@ -1,13 +1,19 @@
-"""The README's ways in, copied and run in an installation of the wheel."""
+"""The README's roads, copied and run in an installation of the wheel."""
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
 from pathlib import Path
 
 import pytest
 
+from nxdi_expertscale.evaluation import small_model
 from tests.harness import models, readme, targets
-from tests.harness.installed import Environment
+from tests.harness.installed import Environment, run
+
+MODEL = "Qwen3-30B-A3B"
 
 every_target = pytest.mark.parametrize("target", list(targets.all_targets()))
 
@@ -61,3 +67,44 @@ def test_demo_block_for_a_host_names_commands_that_exist(installed: Environment)
 
         assert program == "nxdi-expertscale"
         assert result.returncode == 0, result.stderr
+
+
+def test_commands_of_the_roads_on_a_small_model(installed: Environment, tmp_path: Path) -> None:
+    """As they stand, one after the other, in a folder that holds a model of that name."""
+    corpus = small_model.Corpus(training="x = 1\n" * 200, held_out="")
+    (tmp_path / MODEL).mkdir()
+    config = small_model.qwen3_moe_config(hidden_size=32, moe_intermediate_size=16)
+    small_model.make(tmp_path / MODEL, config, corpus, small_model.Recipe(steps=2, batch=1))
+    lines = [
+        line
+        for containing in ("nxdi-expertscale doctor", "nxdi-expertscale evaluate")
+        for line in readme.block("bash", containing).splitlines()
+        # What is installed, and what lies on the hub, is not for here.
+        if line.startswith("nxdi-expertscale") and "doctor" not in line
+    ]
+    assert len(lines) == 5
+
+    for line in lines:
+        path = f"{installed.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        result = run(["bash", "-c", f"cd {shlex.quote(str(tmp_path))} && {line}"], {"PATH": path})
+        if "neuron-config" in line:
+            served = shlex.split(result.stdout)
+    written = shlex.split(readme.block("bash", "vllm serve"))
+    # The same settings of vLLM; the model is the FP8 folder, which need not lie here.
+    assert served[:2] == written[:2]
+    assert served[3:-1] == [word for word in written[3:-1] if word.strip()]
+    settings = json.loads(served[-1])["override_neuron_config"]
+    assert (
+        settings.items()
+        >= {
+            **readme.vllm_override(),
+            "quantized_checkpoints_path": str(tmp_path / f"{MODEL}-FP8"),
+        }.items()
+    )
+
+
+def test_request_is_one_that_a_server_reads() -> None:
+    program, *arguments = shlex.split(readme.block("bash", "curl").replace("\\\n", " "))
+
+    assert program == "curl"
+    assert json.loads(arguments[arguments.index("-d") + 1])["model"] == MODEL

@@ -111,3 +111,36 @@ class TestHeatMap:
 
         with pytest.raises(ConfigurationError, match=r"pip install 'nxdi-expertscale\[plot\]'"):
             plots.check_file(tmp_path / "map.png")
+
+    def test_projections_that_cancel_are_drawn_apart(self, tmp_path: Path) -> None:
+        values = checkpoints.tensors()
+        for name in values:
+            if name.endswith(".down_proj.weight"):
+                expert = int(name.split(".experts.")[1].split(".")[0])
+                values[name] = values[name] / 4.0 ** (2 * expert)
+        checkpoints.save(tmp_path / "src", values)
+        result = inspect_checkpoint(tmp_path / "src")
+
+        for layer in result.layers:
+            assert list(layer.projections) == ["gate_proj", "up_proj", "down_proj"]
+            up, down = layer.projections["up_proj"], layer.projections["down_proj"]
+            assert list(up) == sorted(up) and list(down) == sorted(down, reverse=True)
+        assert list(plots.panels(result.layers)) == [
+            "gate_proj: scale over the mean",
+            "up_proj: scale over the mean",
+            "down_proj: scale over the mean",
+        ]
+        alike = inspect_checkpoint(checkpoints.save(tmp_path / "alike"))
+        assert list(plots.panels(alike.layers)) == ["scale of each expert over its layer's mean"]
+
+    @pytest.mark.parametrize(
+        ("extreme", "ticks"),
+        [
+            (1.25, [1 / 1.25, 1 / 1.1, 1, 1.1, 1.25]),
+            (1.9, [1 / 1.5, 1 / 1.25, 1 / 1.1, 1, 1.1, 1.25, 1.5]),
+            (6.0, [1 / 4, 1 / 2, 1, 2, 4]),
+            (2.0**10, [2**-9, 2**-6, 2**-3, 1, 8, 64, 512]),
+        ],
+    )
+    def test_ticks_of_the_colour_bar_are_round(self, extreme: float, ticks: list[float]) -> None:
+        assert plots.round_ticks(extreme) == pytest.approx(ticks)
