@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,8 @@ def run_on_ranks(
 ) -> list[Result]:
     """Call a function in a fresh process for each rank of a tensor-parallel group.
 
-    Nothing of NxDI is imported there but what the function and its module import.
+    Nothing of NxDI is imported there but what the function and its module import; see
+    :mod:`tests.harness.preloaded` for what else is.
 
     Args:
         target: What can be imported there.
@@ -33,8 +35,7 @@ def run_on_ranks(
             it returns has to be picklable.
         arguments: What it is called with, after the rank.
     """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(ranks, context, initializer=target.prepare) as pool:
+    with ProcessPoolExecutor(ranks, _context(target), initializer=target.prepare) as pool:
         calls = [
             pool.submit(_run_as_rank, rank, ranks, store, function, *arguments)
             for rank in range(ranks)
@@ -43,6 +44,19 @@ def run_on_ranks(
         for call in as_completed(calls, PATIENCE):
             call.result()
         return [call.result() for call in calls]
+
+
+def _context(target: targets.Target) -> BaseContext:
+    """Where processes come from: a fresh interpreter, or a fork of one that has the libraries.
+
+    Importing them takes longer than what most tests do there; the fork is for the target of this
+    process alone.
+    """
+    if targets.target_of_this_process() != target:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.harness.preloaded"])
+    return context
 
 
 def _run_as_rank(
@@ -70,7 +84,6 @@ def run_alone(
         function: A function of a module; what it returns has to be picklable.
         arguments: What it is called with.
     """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=target.prepare) as pool:
+    with ProcessPoolExecutor(1, _context(target), initializer=target.prepare) as pool:
         pool.submit(prepare, folder).result(PATIENCE)
         return pool.submit(function, *arguments).result(PATIENCE)

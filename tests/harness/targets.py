@@ -15,6 +15,9 @@ from tests.harness import standins
 
 UPSTREAM_VARIABLE = "NXDI_EXPERTSCALE_UPSTREAM"
 DOUBLE = "double"
+TARGET_VARIABLE = "NXDI_EXPERTSCALE_TARGET"
+"""Names the one target whose tests run in a process."""
+
 SEED = "pr35"
 VLLM_NEURON = "vllm-neuron"
 _SEED_BASE = "0.7"
@@ -45,9 +48,12 @@ class Target:
 
     def prepare(self) -> None:
         """Make it importable in this process, which can then import no other."""
+        paths = [str(path) for path in self.paths]
+        if sys.path[: len(paths)] == paths:
+            return
         os.environ["NXD_CPU_MODE"] = "1"
         standins.install()
-        sys.path[:0] = [str(path) for path in self.paths]
+        sys.path[:0] = paths
 
     @contextmanager
     def on_one_rank(self) -> Iterator[ModuleType]:
@@ -91,6 +97,12 @@ def all_targets() -> dict[str, Target]:
                 "0.9/nxd/src"
             )
     return found
+
+
+def target_of_this_process() -> Target | None:
+    """The target that the environment names, whose tests run here and in the children."""
+    name = os.environ.get(TARGET_VARIABLE)
+    return None if name is None else all_targets()[name]
 
 
 def seed() -> Target | None:

@@ -14,13 +14,13 @@ from tests.upstream import workers
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    here = os.environ.get(workers.TARGET_VARIABLE)
+    here = targets.target_of_this_process()
     if here is not None:
-        targets.all_targets()[here].prepare()
+        here.prepare()
     descriptor = os.environ.pop(workers.REPORTS_VARIABLE, None)
     if descriptor is not None:
         config.pluginmanager.register(workers.ReportWriter(config, int(descriptor)))
-    config.pluginmanager.register(workers.Dispatcher(here))
+    config.pluginmanager.register(workers.Dispatcher(None if here is None else here.name))
 
 
 # First, so that a test has the same name whether this file is loaded at once or while collecting:

@@ -1,7 +1,8 @@
-"""A process for each target, in which its tests run, and whose reports are replayed in this one.
+"""Processes for each target, in which its tests run, and whose reports are replayed in this one.
 
-A worker is pytest again, given the tests of one target. It writes every report to a pipe, as one
-line of JSON; the process that started it reads them when it comes to the same test.
+A worker is pytest again, given the tests of one group, which are of one target. It writes every
+report to a pipe, as one line of JSON; the process that started it reads them when it comes to the
+same test.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import IO, Any
 
 import pytest
 
-TARGET_VARIABLE = "NXDI_EXPERTSCALE_TARGET"
+from tests.harness.targets import TARGET_VARIABLE
+
 REPORTS_VARIABLE = "NXDI_EXPERTSCALE_REPORTS"
 
 
@@ -109,10 +111,11 @@ class Dispatcher:
         target = _target_of(item)
         if target is None or target == self._here:
             return None
-        worker = self._workers.get(target)
+        group = _group_of(item)
+        worker = self._workers.get(group)
         if worker is None:
-            tests = [_name_of(other) for other in item.session.items if _target_of(other) == target]
-            worker = self._workers[target] = Worker(item.config, target, tests)
+            tests = [_name_of(other) for other in item.session.items if _group_of(other) == group]
+            worker = self._workers[group] = Worker(item.config, target, tests)
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         for report in worker.reports(item):
             item.ihook.pytest_runtest_logreport(report=report)
@@ -130,6 +133,14 @@ def _target_of(item: pytest.Item) -> str | None:
     return None if callspec is None else callspec.params.get("target_name")
 
 
+def _group_of(item: pytest.Item) -> str:
+    """The group of tests that share a process (see ``tests/conftest.py``)."""
+    marker = item.get_closest_marker("xdist_group")
+    assert marker is not None
+    group: str = marker.args[0]
+    return group
+
+
 def _name_of(item: pytest.Item) -> str:
     """A test's node id, without the group that pytest-xdist appends to it."""
-    return item.nodeid.removesuffix(f"@{_target_of(item)}")
+    return item.nodeid.removesuffix(f"@{_group_of(item)}")
