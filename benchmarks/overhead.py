@@ -165,14 +165,14 @@ def forward(
     for _ in range(REPETITIONS):
         for name, instance in loaded.items():
             started = time.perf_counter()
-            instance.moe_output(0, inputs)
+            nxdi.moe_output(instance, 0, inputs)
             seconds[name].append(time.perf_counter() - started)
     found = {}
     for name, instance in loaded.items():
         with _Operations() as operations:
-            instance.moe_output(0, inputs)
+            nxdi.moe_output(instance, 0, inputs)
         with FlopCounterMode(display=False) as flops:
-            instance.moe_output(0, inputs)
+            nxdi.moe_output(instance, 0, inputs)
         experts = instance.module.layers[0].mlp.expert_mlps.mlp_op
         found[name] = {
             "seconds": min(seconds[name]),

@@ -30,13 +30,14 @@ _OUT_OF_RESOURCES = ("can't allocate memory", "can't start new thread")
 """In the messages of a RuntimeError: torch's (``c10/core/impl/alloc_cpu.cpp``), and Python's."""
 
 
-def main(arguments: list[str] | None = None) -> NoReturn:
+def main(arguments: list[str] | None = None, command: click.Command = cli) -> NoReturn:
     """Run the command line and exit with its status.
 
     Whatever goes wrong is one line on stderr; the traceback is printed with ``--debug`` alone.
 
     Args:
         arguments: What follows the program's name; by default the arguments of this process.
+        command: The program.
 
     Raises:
         SystemExit: Always, with one of :class:`ExitStatus`.
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         # A service that is stopped ends as one at a keyboard that is interrupted.
         with warnings_as_messages(), _on_signals(signal.default_int_handler, signal.SIGTERM):
-            status = _run(sys.argv[1:] if arguments is None else arguments, invocation)
+            given = sys.argv[1:] if arguments is None else arguments
+            status = _run(command, given, invocation)
     except BaseException as error:  # A panic of a library in Rust is no Exception.
         # No second signal interrupts what is printed of the first.
         with _on_signals(signal.SIG_IGN, signal.SIGTERM, signal.SIGINT):
@@ -55,12 +57,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(status)
 
 
-def _run(arguments: list[str], invocation: Invocation) -> ExitStatus:
+def _run(command: click.Command, arguments: list[str], invocation: Invocation) -> ExitStatus:
     try:
         # Not cli.main, which ends with status 1 where a pipe breaks, and prints an empty line
         # where it is interrupted.
-        with cli.make_context(PROGRAM, list(arguments), obj=invocation) as context:
-            result = cli.invoke(context)
+        with command.make_context(PROGRAM, list(arguments), obj=invocation) as context:
+            result = command.invoke(context)
     except click.exceptions.Exit as end:
         return ExitStatus(end.exit_code)
     return result if isinstance(result, ExitStatus) else ExitStatus.GOOD

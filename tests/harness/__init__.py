@@ -4,7 +4,7 @@
 - :mod:`~tests.harness.standins`: stand-ins for Neuron's closed packages.
 - :mod:`~tests.harness.running`: a model's way through NxDI; imports it, so a target comes first.
 - :mod:`~tests.harness.compiling`: the same through NxD's ``ModelBuilder``, as on a device.
-- :mod:`~tests.harness.ranks`, :mod:`~tests.harness.expert_groups`: NxD's parallel state, on gloo.
+- :mod:`~tests.harness.expert_groups`: NxD's parallel state where ranks share the experts.
 - :mod:`~tests.harness.processes`: functions in a process of their own for each rank.
 - :mod:`~tests.harness.models`: small Hugging Face models, on disk.
 - :mod:`~tests.harness.checkpoints`: tiny checkpoints in every form that ``quantize`` reads.

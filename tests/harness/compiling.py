@@ -24,20 +24,6 @@ def on_device(folder: Path) -> None:
     os.environ["BASE_COMPILE_WORK_DIR"] = str(folder / "compiled")
 
 
-def first_instance(application: Any) -> Any:
-    """NxDI's instance of an application's first graph, its modules built."""
-    from neuronx_distributed_inference.models.application_base import init_custom_process_group_fn
-    from neuronx_distributed_inference.models.model_wrapper import DecoderModelInstance
-
-    init_custom_process_group_fn(application.config)
-    graph = application.models[0]
-    instance = DecoderModelInstance(model_cls=graph.model_cls, config=graph.config)
-    instance.load_module()
-    # As NxD's ModelBuilder does: it tells which parameters the model writes itself.
-    instance.get(None)
-    return instance
-
-
 def compile_graphs(builder: Any) -> None:
     """Compile a builder's graphs, as far as NxD's open sources go.
 

@@ -62,7 +62,7 @@ def _context(target: targets.Target) -> BaseContext:
 def _run_as_rank(
     rank: int, ranks: int, store: Path, function: Callable[..., Result], *arguments: Any
 ) -> Result:
-    from tests.harness.ranks import parallel_state
+    from nxdi_expertscale.testing.ranks import parallel_state
 
     with parallel_state(rank, ranks, store):
         return function(rank, *arguments)

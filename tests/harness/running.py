@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from neuronx_distributed.trace.trace import get_sharded_checkpoint
 from neuronx_distributed_inference.models.config import MoENeuronConfig
 from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
 
-from tests.harness import compiling, models, whole_model
-from tests.harness.whole_model import WITHIN_FP8, relative_error
+from nxdi_expertscale.testing import running, whole_model
+from nxdi_expertscale.testing.running import LoadedModel
+from nxdi_expertscale.testing.whole_model import WITHIN_FP8, relative_error
+from tests.harness import models
 
 FP8: dict[str, Any] = {
     "quantized": True,
@@ -138,34 +139,6 @@ def quantize(
     return quantized
 
 
-@dataclass
-class LoadedModel:
-    """A model as NxDI would trace it, with its weights."""
-
-    module: Any
-
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits of the last token, ``[1, vocab]``, for tokens as long as the bucket."""
-        tokens = tokens.to(torch.int32)
-        positions = torch.arange(tokens.shape[1], dtype=torch.int32)[None]
-        with torch.no_grad():
-            outputs = self.module(
-                tokens,
-                torch.ones_like(tokens),
-                positions,
-                torch.zeros(1, dtype=torch.int32),
-                torch.ones(1, 3),
-            )
-        logits: torch.Tensor = outputs[0]
-        return logits[:, -1]
-
-    def moe_output(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Output of a layer's MoE block for an input ``[1, tokens, hidden]``."""
-        with torch.no_grad():
-            output: torch.Tensor = feed_forward(self.module.layers[layer])(hidden_states)[0]
-        return output.view_as(hidden_states)
-
-
 @dataclass(frozen=True)
 class _Block:
     """An MoE block of Hugging Face's model as it was called, ``[1, tokens, hidden]``."""
@@ -206,19 +179,19 @@ def load(checkpoint: Path, *, rank: int = 0, **settings: Any) -> LoadedModel:
 
 def load_application(application: Any, *, rank: int = 0) -> LoadedModel:
     """Convert, build, shard and load what an application holds; see :func:`load`."""
-    instance = compiling.first_instance(application)
-    state_dict = application.checkpoint_loader_fn()
-    _load_weights(instance.module, state_dict, rank, application.neuron_config.tp_degree)
-    return LoadedModel(instance.module)
+    loaded = running.load_application(application, rank=rank)
+    missing = [name for name in loaded.missing if not is_state(name)]
+    unexpected = [name for name in loaded.unexpected if not name.startswith(OTHER_MODELS)]
+    if missing or unexpected:
+        raise AssertionError(f"missing: {missing}, unexpected: {unexpected}")
+    return loaded
 
 
-def _load_weights(module: Any, state_dict: dict[str, torch.Tensor], rank: int, ranks: int) -> None:
-    shard = {name: t for name, t in state_dict.items() if not name.startswith(OTHER_MODELS)}
-    get_sharded_checkpoint(shard, module, rank, ranks)
-    result = module.load_state_dict(shard, strict=False)
-    missing = [name for name in result.missing_keys if not is_state(name)]
-    if missing or result.unexpected_keys:
-        raise AssertionError(f"missing: {missing}, unexpected: {result.unexpected_keys}")
+def moe_output(loaded: LoadedModel, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Output of a layer's MoE block for an input ``[1, tokens, hidden]``."""
+    with torch.no_grad():
+        output: torch.Tensor = feed_forward(loaded.module.layers[layer])(hidden_states)[0]
+    return output.view_as(hidden_states)
 
 
 def is_state(name: str) -> bool:
@@ -281,7 +254,7 @@ def _run_huggingface(checkpoint: Path) -> tuple[torch.Tensor, list[_Block]]:
 
 def _moe_errors(loaded: LoadedModel, blocks: Sequence[_Block]) -> list[float]:
     return [
-        relative_error(loaded.moe_output(block.layer, block.given), block.expected)
+        relative_error(moe_output(loaded, block.layer, block.given), block.expected)
         for block in blocks
     ]
 

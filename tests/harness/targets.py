@@ -59,7 +59,8 @@ class Target:
     def on_one_rank(self) -> Iterator[ModuleType]:
         """Prepare it; gives :mod:`tests.harness.running`, with NxD's parallel state of one rank."""
         self.prepare()
-        from tests.harness import ranks, running
+        from nxdi_expertscale.testing import ranks
+        from tests.harness import running
 
         with (
             tempfile.TemporaryDirectory() as folder,

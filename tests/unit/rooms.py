@@ -17,6 +17,7 @@ PACKAGE = "nxdi_expertscale"
 BEGIN, END = "<!-- rooms: begin -->", "<!-- rooms: end -->"
 
 ROWS = (
+    ("testing",),
     ("cli", "vllm"),
     ("evaluation", "diagnostics"),
     ("patches", "activation"),

@@ -60,7 +60,7 @@ def active(_activation: None) -> None:
 @pytest.fixture(scope="session")
 def one_rank(target: targets.Target, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """NxD's parallel state for a single rank."""
-    from tests.harness import ranks
+    from nxdi_expertscale.testing import ranks
 
     with ranks.parallel_state(0, 1, tmp_path_factory.mktemp("rank") / "store"):
         yield

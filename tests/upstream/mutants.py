@@ -95,12 +95,13 @@ def _run(
 ) -> dict[str, Outcome]:
     if mutation is not None:
         mutation.apply()
+    import nxdi_expertscale
+    from nxdi_expertscale.testing import ranks
+
     if active:
-        import nxdi_expertscale
-
         nxdi_expertscale.activate()
-    from tests.harness import ranks
-
+    else:
+        nxdi_expertscale.deactivate()
     with ranks.parallel_state(0, 1, store):
         return {
             scenario.name: _outcome(scenario, moe, dict(settings[scenario.checkpoint]))

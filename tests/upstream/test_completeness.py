@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nxdi_expertscale.errors import CheckpointError
-from tests.harness import compiling, models, processes, whole_model
+from nxdi_expertscale.testing import whole_model
+from nxdi_expertscale.testing.running import first_instance
+from tests.harness import compiling, models, processes
 from tests.harness.targets import Target
 
 pytestmark = pytest.mark.usefixtures("active")
@@ -197,8 +199,8 @@ def test_broken_link_is_warned_of_without_the_flag(
     application = application_of(moe, fp8, tmp_path / "fp8", BREAKS[name])
 
     with caplog.at_level(logging.WARNING, "nxdi_expertscale"):
-        instance = compiling.first_instance(application)
-        nxdi.get_sharded_checkpoint(application.checkpoint_loader_fn(), instance.module, 0, 1)
+        instance = first_instance(application)
+        load_weights(application, instance.module)
 
     warnings = [line for line in caplog.messages if "the model may answer nonsense: " in line]
     assert len([line for line in warnings if re.search(BREAKS[name].expected, line)]) == 1
@@ -224,12 +226,18 @@ def test_plain_linear_that_nxdi_never_converts_gets_numbers(
     assert [line for line in caplog.messages if "were dequantized: o_proj;" in line]
 
 
+def load_weights(application: Any, module: Any) -> None:
+    from neuronx_distributed.trace.trace import get_sharded_checkpoint
+
+    get_sharded_checkpoint(application.checkpoint_loader_fn(), module, 0, 1)
+
+
 def test_unquantized_model_is_left_alone(nxdi: Any, moe: Path, tmp_path: Path) -> None:
     broke = Break("", edit_model=_add_router_bias)
     application = broken(nxdi.application_cls(moe), broke)(str(moe), nxdi.inference_config(moe))
 
-    instance = compiling.first_instance(application)
-    nxdi.get_sharded_checkpoint(application.checkpoint_loader_fn(), instance.module, 0, 1)
+    instance = first_instance(application)
+    load_weights(application, instance.module)
 
 
 def test_exclusion_of_a_module_that_the_checkpoint_has_quantized_is_refused(

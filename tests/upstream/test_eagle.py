@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nxdi_expertscale.testing.whole_model import WITHIN_FP8
 from tests.harness import models
 from tests.harness.targets import Target
-from tests.harness.whole_model import WITHIN_FP8
 from tests.upstream.test_speculation import quantized_types
 
 pytestmark = pytest.mark.usefixtures("active")

@@ -14,22 +14,26 @@ import pytest
 
 from tests.harness import processes
 from tests.harness.targets import Target
-from tests.harness.whole_model import WITHIN_FP8, Comparison
+
+WITHIN_FP8 = 0.06
+MODELING = "neuronx_distributed_inference.models.qwen3_moe.modeling_qwen3_moe"
+
+
+def start_without_the_package(_folder: Path) -> None:
+    assert "nxdi_expertscale" not in sys.modules
 
 
 def errors_when_imported(
-    _rank: int, before: bool, checkpoint: Path, settings: dict[str, Any]
-) -> Comparison:
+    before: bool, store: Path, checkpoint: Path, settings: dict[str, Any]
+) -> Any:
     """The model's errors where this package is imported before NxDI, or after it."""
-    assert "nxdi_expertscale" not in sys.modules
-    if before:
-        import nxdi_expertscale
+    importlib.import_module("nxdi_expertscale" if before else MODELING)
+    importlib.import_module(MODELING if before else "nxdi_expertscale")
+    from nxdi_expertscale.testing import ranks
     from tests.harness import running
 
-    if not before:
-        import nxdi_expertscale
-    assert nxdi_expertscale.status()
-    return running.compare(checkpoint, running.load(checkpoint, **settings))
+    with ranks.parallel_state(0, 1, store):
+        return running.compare(checkpoint, running.load(checkpoint, **settings))
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
@@ -38,8 +42,15 @@ def test_import_before_nxdi_or_after_it(
 ) -> None:
     settings = {**nxdi.quantize(moe, tmp_path / "fp8"), "expert_wise_scale": True}
 
-    [found] = processes.run_on_ranks(
-        target, 1, tmp_path / "store", errors_when_imported, before, moe, settings
+    found = processes.run_alone(
+        target,
+        start_without_the_package,
+        tmp_path,
+        errors_when_imported,
+        before,
+        tmp_path / "store",
+        moe,
+        settings,
     )
 
     assert found.beyond(WITHIN_FP8) == {}
@@ -67,22 +78,21 @@ AS_DEFAULT = CONTRIBUTED.format(
 )
 
 
-def errors_of_contribution(
-    _rank: int, folder: Path, checkpoint: Path, settings: dict[str, Any]
-) -> Comparison | str:
+def errors_of_contribution(folder: Path, checkpoint: Path, settings: dict[str, Any]) -> Any:
     """Errors of a model whose module is imported before this package, or why it is refused."""
-    assert "nxdi_expertscale" not in sys.modules
     sys.path.insert(0, str(folder))
     contribution = importlib.import_module("contribution")
     import nxdi_expertscale
+    from nxdi_expertscale.testing import ranks
     from tests.harness import running
 
-    try:
-        config = running.inference_config(checkpoint, **settings)
-        application = contribution.NeuronContributedForCausalLM(str(checkpoint), config)
-        return running.compare(checkpoint, running.load_application(application))
-    except nxdi_expertscale.IncompatibleUpstreamError as error:
-        return str(error)
+    with ranks.parallel_state(0, 1, folder / "store"):
+        try:
+            config = running.inference_config(checkpoint, **settings)
+            application = contribution.NeuronContributedForCausalLM(str(checkpoint), config)
+            return running.compare(checkpoint, running.load_application(application))
+        except nxdi_expertscale.IncompatibleUpstreamError as error:
+            return str(error)
 
 
 @pytest.mark.parametrize("source", [BY_NAME, AS_DEFAULT], ids=["by name", "as default"])
@@ -92,8 +102,14 @@ def test_contributed_model_that_is_imported_before_this_package(
     settings = {**nxdi.quantize(moe, tmp_path / "fp8"), "expert_wise_scale": True}
     (tmp_path / "contribution.py").write_text(source)
 
-    [outcome] = processes.run_on_ranks(
-        target, 1, tmp_path / "store", errors_of_contribution, tmp_path, moe, settings
+    outcome = processes.run_alone(
+        target,
+        start_without_the_package,
+        tmp_path,
+        errors_of_contribution,
+        tmp_path,
+        moe,
+        settings,
     )
 
     if source == BY_NAME:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from nxdi_expertscale.testing.whole_model import WITHIN_FP8, Comparison
 from tests.harness import models, processes
 from tests.harness.targets import Target
-from tests.harness.whole_model import WITHIN_FP8, Comparison
 
 RANKS = 2
 

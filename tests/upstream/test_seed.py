@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from nxdi_expertscale.testing.whole_model import WITHIN_FP8, Comparison
 from tests.harness import processes, targets
 from tests.harness.targets import Target
-from tests.harness.whole_model import WITHIN_FP8, Comparison
 
 PADDED = {"blockwise_matmul_config": {"use_shard_on_intermediate_dynamic_while": True}}
 
@@ -50,8 +50,10 @@ def convert_all(
     _rank: int, checkpoint: Path, cases: Sequence[dict[str, Any]], folder: Path
 ) -> None:
     """Convert a checkpoint with each of some settings, without this project's patches."""
+    import nxdi_expertscale
     from tests.harness import running
 
+    nxdi_expertscale.deactivate()
     for number, settings in enumerate(cases):
         torch.save(running.convert(checkpoint, **settings), folder / f"{number}.pt")
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from nxdi_expertscale.testing.whole_model import WITHIN_FP8
 from tests.harness import models
 from tests.harness.targets import Target
-from tests.harness.whole_model import WITHIN_FP8
 
 pytestmark = pytest.mark.usefixtures("active")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,3 +34,18 @@ def parallel_state(rank: int, ranks: int, store: Path) -> Iterator[None]:
         state.set_aot_mode(False)
         state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[None]:
+    """Be the one rank there is, unless this process is one already."""
+    from neuronx_distributed.parallel_layers import parallel_state as state
+
+    if state.model_parallel_is_initialized():
+        yield
+        return
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        parallel_state(0, 1, Path(folder, "store")),
+    ):
+        yield

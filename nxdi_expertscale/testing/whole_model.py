@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -89,6 +89,8 @@ def calls_of_attention(module: Any) -> Iterator[list[tuple[tuple[Any, ...], dict
 
 
 def hidden_states(output: Any) -> torch.Tensor:
-    """What an attention gives on, in either form that NxDI has for it."""
-    found: torch.Tensor = getattr(output, "hidden_states", None)
-    return found if found is not None else output[0]
+    """What a part of a layer gives on, in each form that NxDI has for it."""
+    if isinstance(output, torch.Tensor):
+        return output
+    found: torch.Tensor | None = getattr(output, "hidden_states", None)
+    return found if found is not None else cast(torch.Tensor, output[0])
