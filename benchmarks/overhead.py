@@ -4,7 +4,8 @@
 
 One layer of Qwen3-30B-A3B's size goes through a release's real sources on a CPU (see
 ``tests/upstream``). The share of the conversion is measured within one run: the whole of the
-patched converter, and NxDI's own function inside it. Memory is that of processes of their own,
+patched converter, and NxDI's own function inside it; the check of the whole model, which comes
+after it, is timed by itself. Memory is that of processes of their own,
 with and without the package in force.
 """
 
@@ -138,6 +139,30 @@ def conversion(
     return {name: min(values) for name, values in seconds.items()}
 
 
+def whole_model_check(
+    nxdi: Any, model: Path, quantized: Path, *, tokens: int = TOKENS
+) -> dict[str, float]:
+    """Seconds of the check that nothing is lost between the state dict and the model's modules."""
+    from nxdi_expertscale.loading import completeness
+
+    find_faults = completeness.find_faults
+    seconds: list[float] = []
+
+    def timed(*args: Any) -> Any:
+        for _ in range(REPETITIONS):
+            started = time.perf_counter()
+            faults = find_faults(*args)
+            seconds.append(time.perf_counter() - started)
+        return faults
+
+    completeness.find_faults = timed
+    try:
+        nxdi.load(model, **settings(nxdi, quantized, expert_wise=True, tokens=tokens))
+    finally:
+        completeness.find_faults = find_faults
+    return {"seconds": min(seconds)}
+
+
 class _Operations(TorchDispatchMode):
     """Counts the operations that torch is asked for."""
 
@@ -194,6 +219,8 @@ def child(task: str, release: str, model: Path, quantized: Path) -> dict[str, An
     with targets.all_targets()[release].on_one_rank() as nxdi:
         if task == "conversion":
             return conversion(nxdi, model, quantized)
+        if task == "whole_model_check":
+            return whole_model_check(nxdi, model, quantized)
         if task == "forward":
             return forward(nxdi, model, quantized)
         chosen = settings(nxdi, quantized, expert_wise=True)
@@ -236,6 +263,7 @@ def of_nxdi(release: str) -> dict[str, Any]:
         found = {"release": release, "conversion": measure("conversion", release, model, quantized)}
         with without_manifest(quantized):
             found["conversion_without_manifest"] = measure("conversion", release, model, quantized)
+        found["whole_model_check"] = measure("whole_model_check", release, model, quantized)
         found["peak"] = {
             name: measure(name, release, model, quantized)["peak_bytes"]
             for name in ("with", "without")
@@ -261,6 +289,13 @@ def nxdi_table(found: dict[str, Any]) -> Table:
             f"{upstream + package:.2f} s",
             f"{1000 * package:.1f} ms, {package / upstream:.2%}",
         )
+    check, upstream = found["whole_model_check"]["seconds"], found["conversion"]["upstream"]
+    table.add_row(
+        "check that nothing is lost on the way to the modules",
+        "",
+        "",
+        f"{1000 * check:.1f} ms, {check / upstream:.2%}",
+    )
     before, after = found["peak"]["without"], found["peak"]["with"]
     table.add_row(
         "conversion, peak memory",
