@@ -11,6 +11,8 @@ import torch
 
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import MoEFamily, Stacking
+from nxdi_expertscale.loading.huge_pages import use_huge_pages
+from nxdi_expertscale.numerics.transpose import copy_transposed
 
 
 def stack(
@@ -48,6 +50,7 @@ def stack(
             as_linear = stacked.transpose(1, 2)
         else:
             stacked = as_linear = torch.empty(num_experts, outputs, inputs, dtype=dtype)
+        use_huge_pages(stacked)
         for expert, parts in enumerate(keys):
             start = 0
             for key, expected in zip(parts, shape, strict=True):
@@ -58,7 +61,11 @@ def stack(
                         f"experts are {dtype} {list(expected)}; download or make the checkpoint "
                         "again"
                     )
-                as_linear[expert, start : start + weight.shape[0]].copy_(weight)
+                place = as_linear[expert, start : start + weight.shape[0]]
+                if family.stacked is Stacking.INPUTS_FIRST:
+                    copy_transposed(weight, place.T)
+                else:
+                    place.copy_(weight)
                 start += weight.shape[0]
                 del state_dict[key]
         state_dict[family.stacked_key(layer, fused)] = stacked

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -81,43 +82,37 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
         kwargs: dict[str, Any],
     ) -> dict[str, torch.Tensor]:
         from nxdi_expertscale.checkpoint.finished import checked_tensors
-        from nxdi_expertscale.loading.conversion import (
-            name_for_modules,
-            names_for_converter,
-            put_in_scales,
-            take_out_scales,
-        )
+        from nxdi_expertscale.loading import conversion
+        from nxdi_expertscale.loading.put_off import convert_in_one_pass
         from nxdi_expertscale.loading.report import report_experts
 
         state_dict, config, *_rest = inspect.signature(wrapped).bind(*args, **kwargs).args
+        run = partial(convert_in_one_pass, partial(wrapped, *args, **kwargs), state_dict, family)
         neuron_config = getattr(config, "neuron_config", None)
         settings = checked_settings(config, (), family)
         if not settings.is_quantized:
-            return wrapped(*args, **kwargs)
+            return run()
         if not settings.is_on:
             reason = engine.find_failed_seam(seams.needed_by_model(family), load=True)
             if reason is not None:
                 _logger.warning("the experts' scales are left to NxDI: %s", reason)
-                return wrapped(*args, **kwargs)
+                return run()
         with required_seams.layout_errors(seams.state_dict(family), family):
-            name_for_modules(state_dict, family)
-            layers = take_out_scales(
+            conversion.name_for_modules(state_dict, family)
+            layers = conversion.take_out_scales(
                 state_dict,
                 family,
                 settings,
                 quantized_dtype=quantized_dtype(neuron_config),
                 checked_tensors=checked_tensors(settings.quantized_checkpoints_path),
             )
-        names = names_for_converter(settings, family, state_dict)
+        names = conversion.names_for_converter(settings, family, state_dict)
         with exclusions_for_upstream(neuron_config, names):
-            converted = wrapped(*args, **kwargs)
+            converted: dict[str, torch.Tensor] = run()
         with required_seams.layout_errors(seams.state_dict(family), family):
-            put_in_scales(converted, layers, family, settings)
-        report_experts(
-            layers,
-            settings.quantized_checkpoints_path,
-            expert_wise=settings.keeps_scales_apart,
-        )
+            conversion.put_in_scales(converted, layers, family, settings)
+        folder, expert_wise = settings.quantized_checkpoints_path, settings.keeps_scales_apart
+        report_experts(layers, folder, expert_wise=expert_wise)
         return converted
 
     return convert

@@ -13,6 +13,15 @@ from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalL
 from neuronx_distributed_inference.modules.moe import initialize_moe_module
 
 
+def _fused_weight(weights: list[torch.Tensor]) -> torch.Tensor:
+    """One projection of all experts, ``[E, in, out]``."""
+    out, inputs = weights[0].shape
+    fused = torch.empty(len(weights), inputs, out, dtype=weights[0].dtype)
+    for expert, weight in enumerate(weights):
+        fused[expert] = weight.T
+    return fused
+
+
 def convert_mixtral_to_neuron_state_dict(
     neuron_state_dict: dict[str, Any], config: Any
 ) -> dict[str, Any]:
@@ -25,9 +34,9 @@ def convert_mixtral_to_neuron_state_dict(
         neuron_state_dict[f"layers.{layer}.mlp.router.linear_router.weight"] = router
         neuron_state_dict[f"layers.{layer}.self_attn.rank_util.rank"] = ranks.clone()
         gate, up, down = (
-            torch.stack(
+            _fused_weight(
                 [
-                    neuron_state_dict.pop(f"{block}.experts.{expert}.{name}.weight").T
+                    neuron_state_dict.pop(f"{block}.experts.{expert}.{name}.weight")
                     for expert in range(config.num_local_experts)
                 ]
             )

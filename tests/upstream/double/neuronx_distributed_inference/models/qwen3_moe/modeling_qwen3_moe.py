@@ -34,11 +34,15 @@ def _fused_weight(
     state_dict: dict[str, Any], config: Any, layer: int, projection: str
 ) -> torch.Tensor:
     """One projection of all experts, ``[E, in, out]``."""
-    weights = [
-        state_dict.pop(f"layers.{layer}.mlp.experts.{expert}.{projection}.weight").T
+    keys = [
+        f"layers.{layer}.mlp.experts.{expert}.{projection}.weight"
         for expert in range(config.num_experts)
     ]
-    return torch.stack(weights)
+    out, inputs = state_dict[keys[0]].shape
+    fused = torch.empty(len(keys), inputs, out, dtype=state_dict[keys[0]].dtype)
+    for expert, key in enumerate(keys):
+        fused.narrow(0, expert, 1).copy_(state_dict.pop(key).T.detach().clone())
+    return fused
 
 
 def convert_qwen3_moe_hf_to_neuron_state_dict(
