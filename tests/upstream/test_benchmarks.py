@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import accuracy, overhead, through_nxdi
+from benchmarks import accuracy, conversion, overhead, through_nxdi
 from benchmarks.trainium import checks
 from benchmarks.trainium.plan import Setup, Variant, variants
 from nxdi_expertscale.checkpoint import quantize_checkpoint
@@ -65,3 +65,24 @@ def test_overhead_is_measured(nxdi: Any, moe: Path, fp8: Path) -> None:
     assert own["operations"] == shared["operations"] > 0
     assert own["gigaflops"] == shared["gigaflops"]
     assert own["scale_bytes"] == models.EXPERTS * shared["scale_bytes"]
+
+
+def test_conversion_is_measured(nxdi: Any, moe: Path, fp8: Path) -> None:
+    fp8_settings = overhead.settings(nxdi, fp8, expert_wise=True, tokens=models.SEQUENCE)
+    found = {
+        "release": "0.9",
+        "busy": False,
+        "peak_bytes": {"with": 2, "without": 1},
+        **conversion.machine(),
+        **{
+            kind: conversion.seconds_of(nxdi, moe, repetitions=1, **settings)
+            for kind, settings in (
+                ("fp8", fp8_settings),
+                ("any_fp8", fp8_settings),
+                ("bfloat16", {"torch_dtype": torch.bfloat16}),
+            )
+        },
+    }
+
+    assert all(min(found[kind].values()) > 0 for kind in conversion.KINDS)
+    assert conversion.table(found).row_count == len(conversion.KINDS) + 1

@@ -1,0 +1,196 @@
+"""How fast NxDI converts a checkpoint, with this package's one pass over the experts and without.
+
+    NXDI_EXPERTSCALE_UPSTREAM=FOLDER python -m benchmarks.conversion [--release 0.9] [--busy]
+
+One layer of Qwen3-30B-A3B's size goes through a release's real sources on a CPU. NxDI's own
+function, and all of the patched one, take turns within one process; the best of each counts.
+``--busy`` measures with a process on each core that does nothing but to keep it occupied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import overhead
+from nxdi_expertscale.checkpoint import quantize_checkpoint
+from nxdi_expertscale.loading.put_off import VARIABLE
+from tests.harness import targets
+
+REPETITIONS = 7
+
+KINDS = {
+    "fp8": "FP8, folder made by `quantize`",
+    "any_fp8": "FP8, any other folder (range checked)",
+    "bfloat16": "bfloat16",
+}
+
+
+# In a process that has NxDI's sources
+
+
+def seconds_of(
+    nxdi: Any, model: Path, *, repetitions: int = REPETITIONS, **settings: Any
+) -> dict[str, float]:
+    """Seconds of a conversion: NxDI's own function, and the patched one; the best of several.
+
+    Args:
+        nxdi: :mod:`tests.harness.running`, on one rank, the package in force.
+        model: Folder of the original.
+        repetitions: Conversions of each kind, in turns.
+        settings: Keywords of ``MoENeuronConfig``.
+    """
+    module = sys.modules[nxdi.application_cls(model).__module__]
+    patched: Any = getattr(module, overhead.CONVERTER)
+    inside, around = [], []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        def upstream(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            converted = patched.__wrapped__(*args, **kwargs)
+            inside.append(time.perf_counter() - started)
+            return converted
+
+        started = time.perf_counter()
+        converted = patched._self_wrapper(upstream, None, args, kwargs)
+        around.append(time.perf_counter() - started)
+        return converted
+
+    setattr(module, overhead.CONVERTER, timed)
+    found: dict[str, float] = {}
+    try:
+        for _ in range(repetitions):
+            for name, times in (("nxdi", inside), ("package", around)):
+                with _environment(VARIABLE, "0" if name == "nxdi" else "1"):
+                    nxdi.convert(model, **settings)
+                found[name] = min(found.get(name, float("inf")), times[-1])
+    finally:
+        setattr(module, overhead.CONVERTER, patched)
+    return found
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def child(kind: str, release: str, model: Path, quantized: Path) -> dict[str, float]:
+    """One measurement, in a process that can import one release."""
+    import nxdi_expertscale
+
+    nxdi_expertscale.activate()
+    with targets.all_targets()[release].on_one_rank() as nxdi:
+        settings: dict[str, Any] = {"torch_dtype": torch.bfloat16}
+        if kind != "bfloat16":
+            settings = overhead.settings(nxdi, quantized, expert_wise=True)
+        return seconds_of(nxdi, model, **settings)
+
+
+# In the process that was started
+
+
+@contextmanager
+def occupied_cores() -> Iterator[None]:
+    """Keep all cores busy with processes of their own."""
+    command = [sys.executable, "-c", "while True: pass"]
+    with ExitStack() as stack:
+        for _ in range(len(os.sched_getaffinity(0))):
+            process = stack.enter_context(subprocess.Popen(command))
+            stack.callback(process.kill)
+        yield
+
+
+def measure(kind: str, release: str, model: Path, quantized: Path) -> Any:
+    environment = {**os.environ, "NXDI_PLUGINS": "expertscale"}
+    command = [sys.executable, "-m", "benchmarks.conversion", "--child", kind]
+    command += ["--release", release, "--folders", str(model), str(quantized)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def of_nxdi(release: str, *, is_busy: bool) -> dict[str, Any]:
+    """Everything that is measured."""
+    found: dict[str, Any] = {"release": release, "busy": is_busy, **machine()}
+    with tempfile.TemporaryDirectory() as folder:
+        model, quantized = Path(folder, "model"), Path(folder, "fp8")
+        overhead.make_checkpoint(model)
+        quantize_checkpoint(model, quantized)
+        with occupied_cores() if is_busy else ExitStack():
+            for kind in KINDS:
+                with overhead.without_manifest(quantized) if kind == "any_fp8" else ExitStack():
+                    found[kind] = measure(kind, release, model, quantized)
+        found["peak_bytes"] = {
+            name: overhead.measure(name, release, model, quantized)["peak_bytes"]
+            for name in ("with", "without")
+        }
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What it was measured on: cores, and how many others wanted them."""
+    return {"cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1)}
+
+
+def table(found: dict[str, Any]) -> Table:
+    state = "all of them occupied" if found["busy"] else f"load {found['load']}"
+    rows = Table(
+        "one layer of Qwen3-30B-A3B",
+        title=f"NxDI {found['release']}, {found['cores']} cores, {state}",
+    )
+    for column in ("NxDI alone", "with this package", "times as fast"):
+        rows.add_column(column, justify="right")
+    for kind, name in KINDS.items():
+        alone, package = found[kind]["nxdi"], found[kind]["package"]
+        rows.add_row(name, f"{alone:.2f} s", f"{package:.2f} s", f"{alone / package:.2f}")
+    before, after = found["peak_bytes"]["without"], found["peak_bytes"]["with"]
+    rows.add_row(
+        "peak memory, FP8",
+        f"{before / 1e9:.2f} GB",
+        f"{after / 1e9:.2f} GB",
+        f"{(after - before) / 1e6:+.0f} MB",
+    )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--release", default="0.9", help="the release of NxDI to measure")
+    parser.add_argument("--busy", action="store_true", help="with all cores occupied")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--folders", nargs=2, type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child is not None:
+        print(json.dumps(child(options.child, options.release, *options.folders)))
+        return
+    if options.release not in targets.all_targets():
+        parser.error(f"no sources of NxDI {options.release} in {targets.UPSTREAM_VARIABLE}")
+    found = of_nxdi(options.release, is_busy=options.busy)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        Console(width=110).print(table(found))
+
+
+if __name__ == "__main__":
+    main()
