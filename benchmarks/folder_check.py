@@ -1,8 +1,10 @@
 """What it costs to be sure of a finished folder: at the first start on a host, and at later ones.
 
-    python -m benchmarks.folder_check SRC DST [--json]
+    python -m benchmarks.folder_check (SRC DST | --gigabytes SIZE) [--json]
 
-``SRC`` is a checkpoint and ``DST`` what ``quantize`` made of it. The first start reads all of DST
+``SRC`` is a checkpoint and ``DST`` what ``quantize`` made of it, or both are made here, of as many
+layers of Qwen3-30B-A3B as have that size; this takes one and a half times the size on the disk. The
+first start reads all of DST
 and compares digests, and finds out from rows of every tensor whether DST is of SRC; later ones
 look at what the file system says of the files. Beside it stands a plain read of DST, with as many
 threads. Everything is in the page cache: what a disk takes comes on top.
@@ -19,7 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from nxdi_expertscale.checkpoint import check_finished, known_digests, read_manifest
+from benchmarks.quantize import make_checkpoint
+from nxdi_expertscale.checkpoint import (
+    check_finished,
+    known_digests,
+    quantize_checkpoint,
+    read_manifest,
+)
 from nxdi_expertscale.checkpoint.origin import remembered_mismatch
 from nxdi_expertscale.checkpoint.parallel import available_cores, for_each
 
@@ -43,6 +51,15 @@ def measure(src: Path, dst: Path) -> dict[str, float]:
             "source": _seconds(lambda: remembered_mismatch(dst, src, exclusions)),
             "source_later": _seconds(lambda: remembered_mismatch(dst, src, exclusions)),
         }
+
+
+def measure_made(gigabytes: float) -> dict[str, float]:
+    """The same for a checkpoint that is made and quantized for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        src, dst = Path(folder, "src"), Path(folder, "dst")
+        make_checkpoint(src, gigabytes)
+        quantize_checkpoint(src, dst)
+        return measure(src, dst)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -79,11 +96,15 @@ def lines(found: dict[str, float]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("src", type=Path)
-    parser.add_argument("dst", type=Path)
+    parser.add_argument("folders", type=Path, nargs="*", metavar="SRC DST")
+    parser.add_argument("--gigabytes", type=float, help="make a checkpoint of this size")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
-    found = measure(options.src, options.dst)
+    if len(options.folders) != (2 if options.gigabytes is None else 0):
+        parser.error("name SRC and DST, or a size")
+    found = (
+        measure(*options.folders) if options.gigabytes is None else measure_made(options.gigabytes)
+    )
     print(json.dumps(found) if options.json else "\n".join(lines(found)))
 
 
