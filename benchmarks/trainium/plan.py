@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nxdi_expertscale.settings import device_variables
+
 TASKS = ("ifeval", "truthfulqa_gen")
 LIMIT = 100
 INPUT_TOKENS = OUTPUT_TOKENS = 128
 PROMPTS = 100
-
-DEVICE_SWITCHES = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
-"""What FP8 needs on the device; NxDI's inference_demo sets them, vLLM-Neuron 0.2 does not."""
 
 
 @dataclass(frozen=True)
@@ -162,5 +161,5 @@ def _server(setup: Setup, variant: Variant, folder: Path) -> Server:
     # vLLM-Neuron keeps what it compiled there, so a second start takes minutes and not an hour.
     environment = {"NEURON_COMPILED_ARTIFACTS": str(folder / "compiled")}
     if variant.override:
-        environment |= DEVICE_SWITCHES
+        environment |= dict.fromkeys(device_variables.VARIABLES, device_variables.ON)
     return Server(setup.port, tuple(command), environment, folder / "server.log")
