@@ -83,9 +83,11 @@ def _link(path: Path, target: str) -> None:
 
 
 def _copy(path: Path, name: str) -> None:
-    if (path.parent / name).parent == path.parent:
+    copied = path.parent / name
+    # An earlier step may have made it a folder.
+    if copied.parent == path.parent and not copied.is_dir():
         with path.open("rb") as file:
-            (path.parent / name).write_bytes(file.read(1 << 20))
+            copied.write_bytes(file.read(1 << 20))
 
 
 def _set(path: Path, place: list[Any], value: Any) -> None:

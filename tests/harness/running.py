@@ -199,6 +199,11 @@ def is_state(name: str) -> bool:
     return any(part in name for part in _NOT_IN_CHECKPOINTS)
 
 
+def part(module: Any) -> LoadedModel:
+    """One of the models of a draft and its target, which were loaded together."""
+    return LoadedModel(module, {}, (), ())
+
+
 def different_tensors(
     actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 ) -> list[str]:

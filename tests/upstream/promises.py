@@ -61,6 +61,9 @@ CALLED = (
     f"{MODEL_BUILDER}:ModelBuilder.shard_checkpoint",
     f"{PARALLEL_STATE}:destroy_model_parallel",
     f"{PARALLEL_STATE}:model_parallel_is_initialized",
+    f"{TRACE}:get_sharded_checkpoint",
+    f"{NXDI}.models.application_base:init_custom_process_group_fn",
+    f"{NXDI}.utils.hf_adapter:load_pretrained_config",
 )
 """What is called, or looked at, beside the functions that are patched."""
 

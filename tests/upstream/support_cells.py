@@ -160,7 +160,7 @@ def beside_a_draft(nxdi: Any, checkpoint: Path, fp8: dict[str, Any]) -> Cell:
         [
             error
             for model in (module.draft_model, module.target_model)
-            for error in nxdi.moe_errors(checkpoint, nxdi.LoadedModel(model))
+            for error in nxdi.moe_errors(checkpoint, nxdi.part(model))
         ]
     )
 

@@ -50,7 +50,7 @@ def quantized_types(model: Any) -> set[str]:
 
 def assert_right_but_for_logits(nxdi: Any, moe: Path, model: Any, unquantized: Any) -> None:
     """Every parameter and MoE block; NxDI runs a model of the two only together with the other."""
-    part = nxdi.LoadedModel(model)
+    part = nxdi.part(model)
     assert max(nxdi.parameter_errors(part, unquantized).values()) < WITHIN_FP8
     assert max(nxdi.moe_errors(moe, part)) < WITHIN_FP8
 
