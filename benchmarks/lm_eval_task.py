@@ -11,6 +11,9 @@ from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 TASKS = ("held_out_bytes", "held_out_continuation")
 
+GENERATION = "held_out_generation"
+"""What a server can be asked that gives tokens and no logits, as vLLM-Neuron's."""
+
 _DOCUMENT = 2048
 """Characters of a document whose bytes are predicted."""
 _DOCUMENTS = 16
@@ -39,10 +42,11 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_tasks(folder: Path, text: str) -> Path:
-    """Write both tasks and their data.
+    """Write the tasks and their data.
 
     ``held_out_bytes`` predicts every byte of documents; ``held_out_continuation`` asks which of
-    four pieces of the text follows a piece of it.
+    four pieces of the text follows a piece of it; ``held_out_generation`` asks for the next
+    characters.
 
     Args:
         folder: The folder to write.
@@ -68,6 +72,7 @@ def write_tasks(folder: Path, text: str) -> Path:
         questions.append({"query": whole[:_CONTEXT], "choices": answers, "gold": right})
     _write(folder, TASKS[0], documents, _ROLLING)
     _write(folder, TASKS[1], questions, _CHOICE)
+    _write(folder, GENERATION, questions, _GENERATION)
     return folder
 
 
@@ -88,6 +93,22 @@ doc_to_target: gold
 target_delimiter: ""
 metric_list:
   - metric: acc
+"""
+
+_GENERATED = 3
+
+_GENERATION = f"""\
+output_type: generate_until
+doc_to_text: "{{{{query}}}}"
+doc_to_target: "{{{{choices[gold][:{_GENERATED}]}}}}"
+target_delimiter: ""
+generation_kwargs:
+  until: []
+  max_gen_toks: {_GENERATED}
+  do_sample: false
+  temperature: 0.0
+metric_list:
+  - metric: exact_match
 """
 
 

@@ -16,7 +16,7 @@ from nxdi_expertscale.settings import device_variables
 
 TASKS = ("ifeval", "truthfulqa_gen")
 LIMIT = 100
-INPUT_TOKENS = OUTPUT_TOKENS = 128
+TOKENS = 128
 PROMPTS = 100
 
 
@@ -74,6 +74,12 @@ class Setup:
         tp_degree: Tensor parallel degree; 4 logical cores are all of a trn2.3xlarge.
         max_model_len: Longest sequence. IFEval asks for up to 1280 tokens.
         port: Where the servers answer, one after the other.
+        max_num_seqs: Requests that a server takes at once.
+        tasks: What ``lm_eval`` asks.
+        include_path: Folder of tasks of one's own.
+        limit: How many questions of a task are asked.
+        prompts: Number of prompts whose throughput is measured.
+        tokens: Their length, and that of their answers.
     """
 
     model: Path
@@ -81,6 +87,12 @@ class Setup:
     tp_degree: int = 4
     max_model_len: int = 2048
     port: int = 8000
+    max_num_seqs: int = 1
+    tasks: tuple[str, ...] = TASKS
+    include_path: Path | None = None
+    limit: int = LIMIT
+    prompts: int = PROMPTS
+    tokens: int = TOKENS
 
     @property
     def quantized(self) -> Path:
@@ -127,11 +139,13 @@ def _measure(setup: Setup, variant: Variant) -> list[Step]:
         ]
     )
     ask = ["lm_eval", "--model", "local-completions", "--model_args", answers]
-    ask += ["--tasks", ",".join(TASKS), "--num_fewshot", "0", "--limit", str(LIMIT)]
+    ask += ["--tasks", ",".join(setup.tasks), "--num_fewshot", "0", "--limit", str(setup.limit)]
+    if setup.include_path is not None:
+        ask += ["--include_path", str(setup.include_path)]
     ask += ["--output_path", str(folder / "lm_eval")]
     load = ["vllm", "bench", "serve", "--model", str(setup.model), "--base-url", url]
-    load += ["--dataset-name", "random", "--random-input-len", str(INPUT_TOKENS)]
-    load += ["--random-output-len", str(OUTPUT_TOKENS), "--num-prompts", str(PROMPTS)]
+    load += ["--dataset-name", "random", "--random-input-len", str(setup.tokens)]
+    load += ["--random-output-len", str(setup.tokens), "--num-prompts", str(setup.prompts)]
     load += ["--max-concurrency", "1", "--ignore-eos", "--save-result"]
     load += ["--result-dir", str(folder), "--result-filename", "throughput.json"]
     return [
@@ -155,7 +169,8 @@ def _measure(setup: Setup, variant: Variant) -> list[Step]:
 
 def _server(setup: Setup, variant: Variant, folder: Path) -> Server:
     command = ["vllm", "serve", str(setup.model), "--port", str(setup.port)]
-    command += ["--tensor-parallel-size", str(setup.tp_degree), "--max-num-seqs", "1"]
+    command += ["--tensor-parallel-size", str(setup.tp_degree)]
+    command += ["--max-num-seqs", str(setup.max_num_seqs)]
     command += ["--max-model-len", str(setup.max_model_len), "--no-enable-prefix-caching"]
     command += ["--additional-config", json.dumps({"override_neuron_config": variant.override})]
     # vLLM-Neuron keeps what it compiled there, so a second start takes minutes and not an hour.

@@ -1,7 +1,7 @@
 """Qwen3-30B-A3B on a Trainium: bfloat16, FP8 with one scale per expert, FP8 with averaged ones.
 
-On a trn2.3xlarge with the Neuron SDK, vLLM-Neuron 0.2, ``lm_eval[ifeval,api]`` and this package
-installed, from a checkout of the project::
+On a trn2.3xlarge with the Neuron SDK, its vLLM-Neuron (0.2.0 to 0.5.0), ``lm_eval[ifeval,api]``
+and this package installed, from a checkout of the project::
 
     python -m benchmarks.trainium.run Qwen3-30B-A3B WORK
 
@@ -33,7 +33,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.trainium.checks import Needs, Outcome, examine
-from benchmarks.trainium.plan import Server, Setup, Step, steps, variants
+from benchmarks.trainium.plan import (
+    LIMIT,
+    PROMPTS,
+    TASKS,
+    TOKENS,
+    Server,
+    Setup,
+    Step,
+    steps,
+    variants,
+)
 from nxdi_expertscale.errors import ExpertScaleError
 
 START_SECONDS = 3 * 3600
@@ -184,6 +194,10 @@ def _print_commands(setup: Setup) -> None:
             print(f"{shlex.join(step.command)}{note}")
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
 def main(arguments: list[str] | None = None, needs: Needs = DEVICE_HOST) -> int:
     """Run the command line; its status.
 
@@ -197,6 +211,12 @@ def main(arguments: list[str] | None = None, needs: Needs = DEVICE_HOST) -> int:
     parser.add_argument("--tp-degree", type=int, default=4)
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--port", type=int, default=8000, help="where the server answers")
+    parser.add_argument("--max-num-seqs", type=int, default=1, help="requests taken at once")
+    parser.add_argument("--tasks", type=_names, default=TASKS, help="what lm_eval asks: A,B")
+    parser.add_argument("--include-path", type=Path, help="folder of tasks of your own")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="questions of each task")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="prompts to measure with")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="length of each, and its answer")
     parser.add_argument("--dry-run", action="store_true", help="check, and print every command")
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     options = parser.parse_args(arguments)
@@ -206,6 +226,12 @@ def main(arguments: list[str] | None = None, needs: Needs = DEVICE_HOST) -> int:
         options.tp_degree,
         options.max_model_len,
         options.port,
+        options.max_num_seqs,
+        options.tasks,
+        options.include_path and options.include_path.absolute(),
+        options.limit,
+        options.prompts,
+        options.tokens,
     )
     console = Console(soft_wrap=True)
     try:

@@ -77,16 +77,21 @@ def fp8(moe: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model that drafts for it."""
-    return served.save_dense(tmp_path_factory.mktemp("models") / "dense")
+def dense_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, quantized, that drafts for it."""
+    folder = tmp_path_factory.mktemp("models")
+    return served.quantize_dense(served.save_dense(folder / "dense"), folder / "dense_fp8")
 
 
 class Answers:
-    """What Hugging Face answers, computed once."""
+    """What Hugging Face answers, computed once.
+
+    Attributes:
+        models: The model in full precision that each way stands for.
+    """
 
     def __init__(self, moe: Path, fp8: Path) -> None:
-        self._models = {
+        self.models = {
             "unquantized": moe,
             "expert-wise": served.dequantize(fp8, moe.parent / "dequantized", averaged=False),
             "averaged": served.dequantize(fp8, moe.parent / "averaged", averaged=True),
@@ -97,8 +102,14 @@ class Answers:
         """The tokens for :data:`served.PROMPTS` of the model that a way stands for."""
         key = (way, dtype)
         if key not in self._known:
-            self._known[key] = served.answers_of_hugging_face(self._models[way], DTYPES[dtype])
+            self._known[key] = served.answers_of_hugging_face(self.models[way], DTYPES[dtype])
         return self._known[key]
+
+    def allow(self, tokens: list[list[int]], way: str, dtype: str) -> bool:
+        """Whether these are the tokens of a way, up to how far the dtype rounds logits."""
+        if dtype == "float32":
+            return tokens == self.of(way, dtype)
+        return served.rounds_to(tokens, self.models[way], DTYPES[dtype])
 
 
 @pytest.fixture(scope="session")

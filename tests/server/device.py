@@ -13,7 +13,7 @@ What is replaced, each where it is looked up:
 3. ``torch.jit.save`` and ``torch.jit.load`` of a compiled model;
 4. the compiled model's ``nxd_model``: ``initialize`` (the runtime takes the weights) and the call;
 5. ``ModelWrapper.is_neuron``, which asks whether the model is TorchScript;
-6. the sampler's kernels: top-k, the cumulative sum, and random numbers;
+6. the sampler's kernels: top-k, the largest, the cumulative sum, and random numbers;
 7. the choice of a flash attention kernel for long contexts: none, which NxDI computes in torch.
 
 Sharding is NxD's own.
@@ -359,6 +359,29 @@ def _replace_top_k(topk: Any) -> None:
     topk.nki_topk = _TopKKernel()
 
 
+class _Argmax:
+    """``torch_neuronx.xla_impl.ops.Argmax``, by which a draft samples."""
+
+    @staticmethod
+    def apply(tensor: torch.Tensor, dim: int, keepdim: bool) -> torch.Tensor:
+        return torch.argmax(tensor, dim=dim, keepdim=keepdim)
+
+
+class _MaxKernel:
+    """The kernel for the largest of the last axis and its index: ``kernel[logical_nc](…)``."""
+
+    def __getitem__(self, _logical_nc: Any) -> _MaxKernel:
+        return self
+
+    def __call__(self, tensor: torch.Tensor) -> Any:
+        return torch.max(tensor, dim=-1, keepdim=True)
+
+
+def _replace_argmax(argmax: Any) -> None:
+    argmax.Argmax = _Argmax
+    argmax.nki_max = _MaxKernel()
+
+
 def _replace_sampling(sampling: Any) -> None:
     sampling.cumsum = lambda tensor_in, dim, on_cpu=True: torch.cumsum(tensor_in, dim=dim)
     sampling.rand_like = torch.rand_like
@@ -374,6 +397,7 @@ def install() -> None:
     torch.jit.load = _load_compiled(torch.jit.load)
     for module, replace in (
         ("neuronx_distributed.trace.model_builder", _replace_compiler),
+        ("neuronx_distributed.operators.argmax", _replace_argmax),
         ("neuronx_distributed.operators.topk", _replace_top_k),
         ("neuronx_distributed_inference.models.model_wrapper", _replace_question),
         ("neuronx_distributed_inference.modules.generation.sampling", _replace_sampling),

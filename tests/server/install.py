@@ -1,7 +1,7 @@
-"""Install the vLLMs that the releases pin: ``python -m tests.server.install FOLDER``.
+"""Install the vLLMs that the releases pin, and lm_eval: ``python -m tests.server.install FOLDER``.
 
-Each goes to a folder of its own, without what it depends on but the light packages that its
-server imports: its torch, CUDA, Triton and numba would be gigabytes, and are not used here.
+Each goes to a folder of its own, without what it depends on but the light packages that it
+imports: vLLM's torch, CUDA, Triton and numba would be gigabytes, and are not used here.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.server.releases import RELEASES
+from tests.server.releases import LM_EVAL, RELEASES
 
 _REQUIREMENTS = Path(__file__).parent / "requirements"
 
 
-def install(vllm: str, folder: Path) -> None:
-    """Install a vLLM, unless that is what the folder holds.
+def install(program: str, folder: Path) -> None:
+    """Install a program, unless that is what the folder holds.
 
     Args:
-        vllm: Its version, for which there is a list of pinned requirements.
+        program: What its list of pinned requirements is called.
         folder: Where it goes.
     """
-    requirements = _REQUIREMENTS / f"vllm-{vllm}.txt"
+    requirements = _REQUIREMENTS / f"{program}.txt"
     wanted = (_REQUIREMENTS / "common.txt").read_text() + requirements.read_text()
     # Written last, so that an installation that was cut short is made again.
     installed = folder / "installed.txt"
@@ -36,5 +36,7 @@ def install(vllm: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    install(LM_EVAL, root / LM_EVAL)
     for version in sorted({release.vllm for release in RELEASES}):
-        install(version, Path(sys.argv[1]) / version)
+        install(f"vllm-{version}", root / version)

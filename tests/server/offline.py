@@ -1,8 +1,8 @@
 """A program that answers with ``vllm.LLM``: ``python -m tests.server.offline``.
 
-It reads ``{"engine": {…}, "prompts": [[…], …], "tokens": N, "answer": "FILE"}`` from standard
-input: the keywords of ``vllm.LLM``, prompts as token ids, how many tokens to give, and where to
-write the tokens of each prompt.
+It reads ``{"engine": {…}, "prompts": [[…], …], "tokens": N, "answer": "FILE", "cached": "FILE"}``
+from standard input: the keywords of ``vllm.LLM``, prompts as token ids, how many tokens to give,
+and where to write the tokens of each prompt, and how many of it were in the cache of prefixes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ def main() -> None:
     answers = engine.generate(prompts, sampling, use_tqdm=False)
     tokens = [list(answer.outputs[0].token_ids) for answer in answers]
     Path(task["answer"]).write_text(json.dumps(tokens))
+    cached = [answer.num_cached_tokens for answer in answers]
+    Path(task["cached"]).write_text(json.dumps(cached))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ two versions cannot be in one environment.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from tests.harness.installed import ROOT
 
 VLLM_VARIABLE = "NXDI_EXPERTSCALE_VLLM"
 """Names the folder that holds the vLLMs, each in a folder with its version as the name."""
+
+LM_EVAL = "lm_eval"
+"""The folder there that holds EleutherAI's lm_eval."""
 
 _SITE = Path(__file__).parent / "site"
 
@@ -61,6 +65,7 @@ class Release:
         for name, version in (
             ("vllm-neuron", self.vllm_neuron),
             ("neuronx-distributed-inference", self.nxdi),
+            ("neuronx-distributed", self.nxdi),
         ):
             metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
             metadata.mkdir()
@@ -82,10 +87,13 @@ class Release:
             folder.mkdir(parents=True, exist_ok=True)
             self.write_metadata(metadata)
         vllm = self.paths[0]
+        lm_eval = vllm.parent / LM_EVAL
+        programs = (vllm / "bin", lm_eval / "bin", Path(sys.executable).parent)
+        packages = (_SITE, ROOT, metadata, *self.paths, lm_eval)
         return {
             **{name: value for name, value in os.environ.items() if name not in _CLEARED},
-            "PATH": os.pathsep.join([str(vllm / "bin"), os.environ["PATH"]]),
-            "PYTHONPATH": os.pathsep.join(map(str, (_SITE, ROOT, metadata, *self.paths))),
+            "PATH": os.pathsep.join([*map(str, programs), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join(map(str, packages)),
             "BASE_COMPILE_WORK_DIR": f"{folder / 'compiler'}/",
             "HF_HUB_OFFLINE": "1",
             # The models are too small for threads to be of use.

@@ -14,10 +14,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.lm_eval_task import write_tokenizer
+from nxdi_expertscale.evaluation import small_model
+from nxdi_expertscale.numerics.fp8 import quantize_per_channel
 from tests.harness import models
 
-VOCABULARY = 512
-"""NxDI's sampler looks at the 256 best tokens, so there have to be more."""
+VOCABULARY = 1280
+"""NxDI's sampler looks at the 256 best tokens, in 0.7 of each of up to four cores."""
 
 SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 4096}
 """Positions are more than a server is asked for, as with a published model."""
@@ -37,10 +40,44 @@ def save_moe(folder: Path) -> Path:
     return folder
 
 
+def round_to_bfloat16(checkpoint: Path, folder: Path) -> Path:
+    """Write a model in bfloat16, as models are published."""
+    AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).save_pretrained(folder)
+    _add_tokenizer(folder)
+    return folder
+
+
 def save_dense(folder: Path) -> Path:
     """Write a dense Qwen3 that can draft for the MoE."""
     models.save_qwen3(folder, **SIZES)
     _add_tokenizer(folder)
+    return folder
+
+
+def save_trained(folder: Path) -> Path:
+    """Write a Qwen3 MoE that was trained on text for a minute; its tokens are bytes.
+
+    Its experts differ by a factor of 16, as those of large models do.
+    """
+    trained = folder / "trained"
+    for made in (folder, trained):
+        made.mkdir()
+    config = small_model.qwen3_moe_config(hidden_size=64, moe_intermediate_size=64)
+    small_model.make(trained, config, small_model.python_library(), small_model.Recipe(steps=200))
+    small_model.spread_experts(trained, folder, factor=16)
+    shutil.rmtree(trained)
+    write_tokenizer(folder)
+    return folder
+
+
+def quantize_dense(checkpoint: Path, folder: Path) -> Path:
+    """Write the FP8 checkpoint of a dense model, every linear of it, as NxDI's own step does."""
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("_proj.weight", "lm_head.weight"))]:
+        weight, scale = quantize_per_channel(tensors[name])
+        tensors |= {name: weight, f"{name}_scale": scale}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -113,3 +150,27 @@ def answers_of_hugging_face(
             text.append(int(logits[0, -1].argmax()))
         answers.append(text[len(prompt) :])
     return answers
+
+
+def rounds_to(
+    answers: Sequence[Sequence[int]],
+    checkpoint: Path,
+    dtype: torch.dtype,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+) -> bool:
+    """Whether Hugging Face, given what stands before it, could choose each token as well.
+
+    Two logits that lie closer than a dtype rounds them are chosen from by the order of additions.
+    How far it rounds is measured: by the largest difference from Hugging Face in float32.
+    """
+    rounded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+    exact = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = torch.tensor([[*prompt, *answer[:-1]]])
+        with torch.no_grad():
+            logits = rounded(text).logits[0, len(prompt) - 1 :].float()
+            rounding = (logits - exact(text).logits[0, len(prompt) - 1 :]).abs().max()
+        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        if (logits.max(1).values - chosen > 2 * rounding).any():
+            return False
+    return True

@@ -6,15 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from nxdi_expertscale import quantize_checkpoint
 from nxdi_expertscale.checkpoint import read_manifest
+from tests.server import hub, served
 from tests.server.conftest import DTYPES, WAYS, Answers, Host, override
 from tests.server.served import PROMPTS, TOKENS
 
@@ -29,6 +32,7 @@ def ask(
     model: Path | str,
     settings: dict[str, Any],
     *,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
     variables: Mapping[str, str] = MappingProxyType({}),
     **engine: Any,
 ) -> list[list[int]]:
@@ -40,9 +44,10 @@ def ask(
             "additional_config": {"override_neuron_config": settings},
             **engine,
         },
-        "prompts": PROMPTS,
+        "prompts": prompts,
         "tokens": TOKENS,
         "answer": str(host.folder / "answer.json"),
+        "cached": str(host.folder / "cached.json"),
     }
     result = subprocess.run(
         [sys.executable, "-m", "tests.server.offline"],
@@ -75,53 +80,106 @@ def test_llm_gives_hugging_faces_tokens(
     tokens = ask(host, moe, override(way, fp8), dtype=dtype)
 
     record_property("tokens", tokens)
-    assert tokens == answers.of(way, dtype)
-
-
-HUB_ID, COMMIT = "someone/Tiny-MoE", "0123456789abcdef0123456789abcdef01234567"
+    assert answers.allow(tokens, way, dtype), (tokens, answers.of(way, dtype))
 
 
 def put_on_hub(home: Path, checkpoint: Path) -> Path:
     """Lay a checkpoint in a cache of the Hub as its client does; the snapshot's folder."""
-    repository = home / "hub" / f"models--{HUB_ID.replace('/', '--')}"
+    repository = home / "hub" / f"models--{hub.REPOSITORY.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
-    snapshot: Path = shutil.copytree(checkpoint, repository / "snapshots" / COMMIT)
+    (repository / "refs" / "main").write_text(hub.COMMIT)
+    snapshot: Path = shutil.copytree(checkpoint, repository / "snapshots" / hub.COMMIT)
     return snapshot
 
 
-def test_model_of_the_hub_uses_a_folder_made_from_its_snapshot(
-    host: Host, moe: Path, answers: Answers
-) -> None:
-    """Offline, vLLM itself looks the id up in the Hub's cache."""
-    home, folder = host.folder / "huggingface", host.folder / "fp8"
-    snapshot = put_on_hub(home, moe)
-    quantize_checkpoint(snapshot, folder)
-    made = read_manifest(folder).digest
+def test_model_of_the_hub(host: Host, moe: Path) -> None:
+    """vLLM-Neuron saves a copy in float32, and gives that to NxDI as the source.
+
+    A folder made of the snapshot fits the copy, and one made of the copy fits the snapshot.
+    """
+    home = host.folder / "huggingface"
+    snapshot = put_on_hub(home, served.round_to_bfloat16(moe, host.folder / "published"))
+    of_snapshot, of_copy = host.folder / "of-snapshot", host.folder / "of-copy"
+    quantize_checkpoint(snapshot, of_snapshot)
+    dequantized = served.dequantize(of_snapshot, host.folder / "dequantized", averaged=False)
+    expected = served.answers_of_hugging_face(dequantized, torch.float32)
+    made = read_manifest(of_snapshot).digest
+
+    with hub.serving(snapshot) as address:
+        online = {"HF_HOME": str(home), "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
+        settings = override("expert-wise", of_snapshot)
+        tokens = ask(host, hub.REPOSITORY, settings, variables=online, dtype="float32")
+    copy = host.folder / "local-models" / hub.REPOSITORY
+    assert "torch.float32" in {str(tensor.dtype) for tensor in tensors_of(copy)}
+    assert tokens == expected
+    assert read_manifest(of_snapshot).digest == made
+
+    # Offline, vLLM takes the snapshot itself.
+    quantize_checkpoint(copy, of_copy)
+    settings = override("expert-wise", of_copy)
+    tokens = ask(host, hub.REPOSITORY, settings, variables={"HF_HOME": str(home)}, dtype="float32")
+    assert tokens == expected
+    assert read_manifest(of_copy).digest == made
+
+
+def tensors_of(checkpoint: Path) -> list[torch.Tensor]:
+    """The tensors of all files."""
+    return [
+        tensor for file in checkpoint.glob("*.safetensors") for tensor in load_file(file).values()
+    ]
+
+
+SHARED = list(range(100, 164))
+"""The beginning of two prompts: two blocks of a cache of prefixes."""
+
+
+def test_prefix_caching(host: Host, moe: Path, fp8: Path, answers: Answers) -> None:
+    """It needs a block size, and nothing else."""
+    prompts = [[*SHARED, 7, 8, 9], [*SHARED, 3, 2]]
 
     tokens = ask(
         host,
-        HUB_ID,
-        override("expert-wise", folder),
-        variables={"HF_HOME": str(home)},
+        moe,
+        override("expert-wise", fp8),
+        prompts=prompts,
         dtype="float32",
+        enable_prefix_caching=True,
+        block_size=32,
     )
 
-    assert tokens == answers.of("expert-wise", "float32")
-    assert read_manifest(folder).digest == made
+    assert tokens == served.answers_of_hugging_face(
+        answers.models["expert-wise"], torch.float32, prompts
+    )
+    assert json.loads((host.folder / "cached.json").read_text()) == [0, len(SHARED)]
 
 
-def test_the_ways_differ(answers: Answers) -> None:
-    assert answers.of("expert-wise", "float32") != answers.of("averaged", "float32")
-    assert answers.of("unquantized", "float32") != answers.of("averaged", "float32")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_way_is_not_taken_for_another(answers: Answers, dtype: str) -> None:
+    for way in WAYS:
+        allowed = [other for other in WAYS if answers.allow(answers.of(other, dtype), way, dtype)]
+        assert allowed == [way]
 
 
-def test_draft_and_target(host: Host, moe: Path, fp8: Path, answers: Answers) -> None:
-    """The draft is the target itself, so that it is right about every token.
+@pytest.mark.parametrize("draft", ["fp8", "dense_fp8"])
+def test_draft_and_target(
+    host: Host,
+    moe: Path,
+    fp8: Path,
+    answers: Answers,
+    draft: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    """A draft that is the target itself is right about every token, a dense one hardly ever is.
 
     NxDI converts both models, so a draft's checkpoint has to be quantized as well.
     """
-    speculation = {"model": str(fp8), "num_speculative_tokens": 3, "method": "draft_model"}
+    if host.release.vllm < "0.16":
+        pytest.skip("this vLLM refuses a draft model: 'not supported yet'")
+    speculation = {
+        "model": str(request.getfixturevalue(draft)),
+        "num_speculative_tokens": 3,
+        "method": "draft_model",
+    }
 
     tokens = ask(
         host, moe, override("expert-wise", fp8), dtype="float32", speculative_config=speculation
