@@ -74,7 +74,6 @@ class Setup:
         tp_degree: Tensor parallel degree; 4 logical cores are all of a trn2.3xlarge.
         max_model_len: Longest sequence. IFEval asks for up to 1280 tokens.
         port: Where the servers answer, one after the other.
-        max_num_seqs: Requests that a server takes at once.
         tasks: What ``lm_eval`` asks.
         include_path: Folder of tasks of one's own.
         limit: How many questions of a task are asked.
@@ -87,7 +86,6 @@ class Setup:
     tp_degree: int = 4
     max_model_len: int = 2048
     port: int = 8000
-    max_num_seqs: int = 1
     tasks: tuple[str, ...] = TASKS
     include_path: Path | None = None
     limit: int = LIMIT
@@ -169,8 +167,7 @@ def _measure(setup: Setup, variant: Variant) -> list[Step]:
 
 def _server(setup: Setup, variant: Variant, folder: Path) -> Server:
     command = ["vllm", "serve", str(setup.model), "--port", str(setup.port)]
-    command += ["--tensor-parallel-size", str(setup.tp_degree)]
-    command += ["--max-num-seqs", str(setup.max_num_seqs)]
+    command += ["--tensor-parallel-size", str(setup.tp_degree), "--max-num-seqs", "1"]
     command += ["--max-model-len", str(setup.max_model_len), "--no-enable-prefix-caching"]
     command += ["--additional-config", json.dumps({"override_neuron_config": variant.override})]
     # vLLM-Neuron keeps what it compiled there, so a second start takes minutes and not an hour.

@@ -211,7 +211,6 @@ def main(arguments: list[str] | None = None, needs: Needs = DEVICE_HOST) -> int:
     parser.add_argument("--tp-degree", type=int, default=4)
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--port", type=int, default=8000, help="where the server answers")
-    parser.add_argument("--max-num-seqs", type=int, default=1, help="requests taken at once")
     parser.add_argument("--tasks", type=_names, default=TASKS, help="what lm_eval asks: A,B")
     parser.add_argument("--include-path", type=Path, help="folder of tasks of your own")
     parser.add_argument("--limit", type=int, default=LIMIT, help="questions of each task")
@@ -226,7 +225,6 @@ def main(arguments: list[str] | None = None, needs: Needs = DEVICE_HOST) -> int:
         options.tp_degree,
         options.max_model_len,
         options.port,
-        options.max_num_seqs,
         options.tasks,
         options.include_path and options.include_path.absolute(),
         options.limit,

@@ -14,7 +14,8 @@ What is replaced, each where it is looked up:
 4. the compiled model's ``nxd_model``: ``initialize`` (the runtime takes the weights) and the call;
 5. ``ModelWrapper.is_neuron``, which asks whether the model is TorchScript;
 6. the sampler's kernels: top-k, the largest, the cumulative sum, and random numbers;
-7. the choice of a flash attention kernel for long contexts: none, which NxDI computes in torch.
+7. the choice of a flash attention kernel for long contexts: none, which NxDI computes in torch;
+8. a look-up beyond the end of a tensor, which the device takes for its last row.
 
 Sharding is NxD's own.
 """
@@ -156,6 +157,7 @@ class Core:
             module, aliases = instance.get(0)
             names = _names_of(module, aliases)
             _load(module, weights, caches=names)
+            _repeat_shared_scales(module)
             # The graphs write to one cache.
             for name in names:
                 parameter = module.get_parameter(name)
@@ -252,6 +254,18 @@ def _load(module: Any, weights: dict[str, torch.Tensor], *, caches: Sequence[str
             f"the weights do not fit the compiled model: missing {missing}, unexpected "
             f"{result.unexpected_keys}"
         )
+
+
+def _repeat_shared_scales(module: Any) -> None:
+    """Let a scale that all experts share be looked up by an expert's number.
+
+    NxD does so where it computes single experts. On the device an index beyond the end means the
+    last row; torch refuses it.
+    """
+    for layer in module.modules():
+        scale, weight = getattr(layer, "scale", None), getattr(layer, "weight", None)
+        if scale is not None and weight is not None and weight.ndim == 3 and scale.shape[0] == 1:
+            scale.data = scale.data.expand(weight.shape[0], -1, -1)
 
 
 def _names_of(module: Any, parameters: dict[torch.Tensor, int]) -> list[str]:

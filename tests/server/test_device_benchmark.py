@@ -39,12 +39,10 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def benchmark(host: Host, trained: Path, tasks: Path, *options: str) -> str:
     """Run the benchmark; what it prints."""
-    # NxD chooses experts by token where there are few, and then fails with averaged scales on a
-    # CPU: so there are four sequences at once.
     command = [
         *(sys.executable, "-m", "tests.server.device_benchmark", str(trained)),
         *(str(host.folder / "work"), "--tp-degree", "1", "--max-model-len", "256"),
-        *("--max-num-seqs", "4", "--port", str(free_port())),
+        *("--port", str(free_port())),
         *("--tasks", GENERATION, "--include-path", str(tasks), "--limit", str(QUESTIONS)),
         *("--prompts", "4", "--tokens", "16", *options),
     ]
