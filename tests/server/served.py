@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -174,3 +175,11 @@ def rounds_to(
         if (logits.max(1).values - chosen > 2 * rounding).any():
             return False
     return True
+
+
+def state(folder: Path) -> dict[str, tuple[int, str]]:
+    """Of each file, when it was written and a digest of it."""
+    return {
+        path.name: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in folder.iterdir()
+    }

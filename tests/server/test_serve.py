@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 import shutil
 from pathlib import Path
@@ -14,20 +13,12 @@ from nxdi_expertscale.checkpoint import read_manifest
 from nxdi_expertscale.cli.commands import cli
 from tests.harness import readme
 from tests.server.conftest import Answers, Host
-from tests.server.served import PROMPTS, TOKENS, tokens_of
+from tests.server.served import PROMPTS, TOKENS, state, tokens_of
 from tests.server.serving import serve
 
 COMMAND = shlex.split(readme.block("bash", "vllm serve").replace("\\\n", " "))
 MODEL = COMMAND[2]
 FOLDER = readme.vllm_override()["quantized_checkpoints_path"]
-
-
-def state(folder: Path) -> dict[str, tuple[int, str]]:
-    """Of each file, when it was written and a digest of it."""
-    return {
-        path.name: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
-        for path in folder.iterdir()
-    }
 
 
 @pytest.fixture

@@ -16,10 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from nxdi_expertscale import quantize_checkpoint
-from nxdi_expertscale.checkpoint import read_manifest
 from tests.server import hub, served
 from tests.server.conftest import DTYPES, WAYS, Answers, Host, override
-from tests.server.served import PROMPTS, TOKENS
+from tests.server.served import PROMPTS, TOKENS, state
 
 ENGINE = {"max_model_len": 128, "max_num_seqs": 4, "enable_prefix_caching": False}
 """What vLLM-Neuron needs of vLLM's own settings."""
@@ -103,7 +102,7 @@ def test_model_of_the_hub(host: Host, moe: Path) -> None:
     quantize_checkpoint(snapshot, of_snapshot)
     dequantized = served.dequantize(of_snapshot, host.folder / "dequantized", averaged=False)
     expected = served.answers_of_hugging_face(dequantized, torch.float32)
-    made = read_manifest(of_snapshot).digest
+    made = state(of_snapshot)
 
     with hub.serving(snapshot) as address:
         online = {"HF_HOME": str(home), "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
@@ -112,14 +111,15 @@ def test_model_of_the_hub(host: Host, moe: Path) -> None:
     copy = host.folder / "local-models" / hub.REPOSITORY
     assert "torch.float32" in {str(tensor.dtype) for tensor in tensors_of(copy)}
     assert tokens == expected
-    assert read_manifest(of_snapshot).digest == made
+    assert state(of_snapshot) == made
 
     # Offline, vLLM takes the snapshot itself.
     quantize_checkpoint(copy, of_copy)
+    made = state(of_copy)
     settings = override("expert-wise", of_copy)
     tokens = ask(host, hub.REPOSITORY, settings, variables={"HF_HOME": str(home)}, dtype="float32")
     assert tokens == expected
-    assert read_manifest(of_copy).digest == made
+    assert state(of_copy) == made
 
 
 def tensors_of(checkpoint: Path) -> list[torch.Tensor]:
