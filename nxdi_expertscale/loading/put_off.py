@@ -16,6 +16,7 @@ import torch
 
 from nxdi_expertscale.errors import IncompatibleUpstreamError
 from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.loading.garbage import only_new_objects_searched
 from nxdi_expertscale.loading.huge_pages import use_huge_pages
 from nxdi_expertscale.loading.threads import one_thread
 from nxdi_expertscale.numerics.transpose import copy_transposed
@@ -143,7 +144,8 @@ def convert_in_one_pass(
         if place is not None and place.suffix == "weight" and _can_be_put_off(weight):
             state_dict[name] = PutOffCopy.of(weight)
     try:
-        converted = convert()
+        with only_new_objects_searched():
+            converted = convert()
     finally:
         _make_plain(state_dict)
     if converted is not state_dict:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -176,3 +178,51 @@ def test_nothing_is_put_off_when_turned_off(monkeypatch: pytest.MonkeyPatch) -> 
     convert_in_one_pass(convert, state_dict, QWEN3_MOE)
 
     assert [type(tensor) for tensor in seen] == [torch.Tensor]
+
+
+class Cycle:
+    """Garbage that only a search finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.fixture
+def nothing_frozen() -> Iterator[None]:
+    before = gc.get_freeze_count()
+    gc.unfreeze()
+    yield
+    if before:
+        gc.freeze()
+
+
+def convert_after_garbage() -> tuple[bool, bool]:
+    """Whether a search finds garbage of before a conversion, and of during it."""
+    old = weakref.ref(Cycle())
+    new = []
+
+    def convert() -> dict[str, torch.Tensor]:
+        new.append(weakref.ref(Cycle()))
+        gc.collect()
+        return {}
+
+    gc.disable()
+    try:
+        convert_in_one_pass(convert, {}, QWEN3_MOE)
+    finally:
+        gc.enable()
+    return old() is None, new[0]() is None
+
+
+def test_older_objects_are_not_searched_while_converting(nothing_frozen: None) -> None:
+    assert convert_after_garbage() == (False, True)
+    assert gc.get_freeze_count() == 0
+
+
+def test_objects_that_a_process_keeps_out_stay_out(nothing_frozen: None) -> None:
+    gc.freeze()
+    count = gc.get_freeze_count()
+
+    assert convert_after_garbage() == (True, True)
+    assert gc.get_freeze_count() == count
+    gc.unfreeze()
