@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from tests.server.served import PROMPTS, TOKENS, state, tokens_of
 from tests.server.serving import serve
 
 COMMAND = shlex.split(readme.block("bash", "vllm serve").replace("\\\n", " "))
+QUESTION = readme.block("bash", "/v1/completions")
 MODEL = COMMAND[2]
 FOLDER = readme.vllm_override()["quantized_checkpoints_path"]
 
@@ -35,6 +38,9 @@ def test_readmes_command(host: Host, place: Path, answers: Answers) -> None:
     with serve(COMMAND, host.environment(), place, MODEL) as server:
         assert server.complete_at_once(PROMPTS, TOKENS) == expected
         pieces = server.stream(PROMPTS[1], TOKENS)
+        asked = QUESTION.replace("http://localhost:8000", server.address)
+        said = subprocess.run(["bash", "-c", asked], check=True, capture_output=True, text=True)
+        assert tokens_of(json.loads(said.stdout)["choices"][0]["text"])
         (line,) = server.lines("FP8 experts")
     made = state(place / FOLDER)
     compiled = next((place / MODEL / "neuron-compiled-artifacts").iterdir())

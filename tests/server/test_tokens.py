@@ -65,6 +65,19 @@ def ask(
     return answers
 
 
+def log_of(host: Host) -> str:
+    """What ``vllm.LLM`` and its engine wrote."""
+    return (host.folder / "server.log").read_text()
+
+
+LOGGED = {
+    "expert-wise": ["8 scales per channel, one for each expert (expert_wise_scale is on)"],
+    "averaged": ["(expert_wise_scale is off)"],
+    "unquantized": [],
+}
+"""What the one line in the log says of the experts."""
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("way", WAYS)
 def test_llm_gives_hugging_faces_tokens(
@@ -78,7 +91,11 @@ def test_llm_gives_hugging_faces_tokens(
 ) -> None:
     tokens = ask(host, moe, override(way, fp8), dtype=dtype)
 
+    loaded = [line for line in log_of(host).splitlines() if "FP8 experts" in line]
     record_property("tokens", tokens)
+    record_property("log", loaded)
+    assert len(loaded) == len(LOGGED[way])
+    assert all(says in line for says, line in zip(LOGGED[way], loaded, strict=True))
     assert answers.allow(tokens, way, dtype), (tokens, answers.of(way, dtype))
 
 
