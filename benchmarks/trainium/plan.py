@@ -140,7 +140,7 @@ def _measure(setup: Setup, variant: Variant) -> list[Step]:
     ask += ["--tasks", ",".join(setup.tasks), "--num_fewshot", "0", "--limit", str(setup.limit)]
     if setup.include_path is not None:
         ask += ["--include_path", str(setup.include_path)]
-    ask += ["--output_path", str(folder / "lm_eval")]
+    ask += ["--output_path", str(folder / "lm_eval"), "--log_samples"]
     load = ["vllm", "bench", "serve", "--model", str(setup.model), "--base-url", url]
     load += ["--dataset-name", "random", "--random-input-len", str(setup.tokens)]
     load += ["--random-output-len", str(setup.tokens), "--num-prompts", str(setup.prompts)]
