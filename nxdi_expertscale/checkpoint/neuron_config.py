@@ -6,10 +6,11 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from nxdi_expertscale.checkpoint.read.model import open_model
+from nxdi_expertscale.checkpoint.read.model import Model, open_model
 from nxdi_expertscale.checkpoint.upstream_limits import warn_of_limits
 from nxdi_expertscale.checkpoint.write.manifest import read_manifest
 from nxdi_expertscale.checkpoint.write.plan import effective_exclusions
+from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.families.exclusions import expand_exclusions
 
 
@@ -34,6 +35,7 @@ def neuron_settings(
     tp_degree: int | None = None,
     batch_size: int | None = None,
     seq_len: int | None = None,
+    moe_ep_degree: int | None = None,
 ) -> NeuronSettings:
     """Settings with which NxDI and vLLM-Neuron load a folder that ``quantize`` finished.
 
@@ -45,17 +47,39 @@ def neuron_settings(
         tp_degree: Tensor parallel degree, for ``MoENeuronConfig``.
         batch_size: Batch size, for ``MoENeuronConfig``.
         seq_len: Length of the longest sequence, in tokens, for ``MoENeuronConfig``.
+        moe_ep_degree: Ranks over which a layer's experts are spread, a divisor of ``tp_degree``;
+            the rest of it is their tensor parallelism.
 
     Raises:
         CheckpointError: The folder was not made by ``quantize``, or is damaged.
+        ConfigurationError: The experts cannot be spread so.
 
     Example:
         >>> settings = neuron_settings("Qwen3-30B-A3B-FP8", tp_degree=4, batch_size=1, seq_len=2048)
         >>> MoENeuronConfig(**settings.neuron_config)
     """
+    model, settings = read_neuron_settings(
+        folder,
+        tp_degree=tp_degree,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        moe_ep_degree=moe_ep_degree,
+    )
+    warn_of_limits(model, seq_len)
+    return settings
+
+
+def read_neuron_settings(
+    folder: str | os.PathLike[str],
+    *,
+    tp_degree: int | None,
+    batch_size: int | None,
+    seq_len: int | None,
+    moe_ep_degree: int | None,
+) -> tuple[Model, NeuronSettings]:
+    """The finished checkpoint, opened, and :func:`neuron_settings` of it, without a warning."""
     manifest = read_manifest(folder)
     model = open_model(folder)
-    warn_of_limits(model, seq_len)
     exclusions = effective_exclusions(model, manifest.modules_to_not_convert)
     quantization: dict[str, Any] = {
         "quantized": True,
@@ -67,6 +91,24 @@ def neuron_settings(
             expand_exclusions(exclusions, model.config.num_hidden_layers, model.family)
         ),
     }
+    quantization |= _parallelism(tp_degree, moe_ep_degree, model.config.num_experts)
     sizes = {"tp_degree": tp_degree, "batch_size": batch_size, "seq_len": seq_len}
     given = {name: value for name, value in sizes.items() if value is not None}
-    return NeuronSettings({**given, **quantization}, quantization)
+    return model, NeuronSettings({**given, **quantization}, quantization)
+
+
+def _parallelism(tp_degree: int | None, moe_ep_degree: int | None, experts: int) -> dict[str, Any]:
+    if moe_ep_degree is None:
+        return {}
+    if tp_degree is None or tp_degree % moe_ep_degree:
+        raise ConfigurationError(
+            f"moe_ep_degree={moe_ep_degree} spreads the experts over a part of the ranks; set "
+            f"tp_degree to a multiple of {moe_ep_degree} as well"
+        )
+    if experts % moe_ep_degree:
+        raise ConfigurationError(
+            f"moe_ep_degree={moe_ep_degree} does not divide a layer's {experts} experts; use one "
+            "that does"
+        )
+    # NxDI multiplies the two, and takes 1 for what is not set.
+    return {"moe_ep_degree": moe_ep_degree, "moe_tp_degree": tp_degree // moe_ep_degree}

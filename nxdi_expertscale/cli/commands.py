@@ -279,6 +279,12 @@ def inspect(*, checkpoint: Path, plot: Path | None, workers: int | None, as_json
     "--seq-len", metavar="N", type=click.IntRange(min=1), help="Longest sequence, in tokens."
 )
 @click.option(
+    "--moe-ep-degree",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Ranks over which experts are spread; a divisor of --tp-degree.",
+)
+@click.option(
     "--format",
     "form",
     type=click.Choice(["json", "vllm", "nxdi"]),
@@ -297,17 +303,29 @@ def neuron_config(
     tp_degree: int | None,
     batch_size: int | None,
     seq_len: int | None,
+    moe_ep_degree: int | None,
     form: str,
     model: str | None,
 ) -> None:
     """Print the settings that load DST.
 
-    DST is a finished checkpoint. They are JSON, or what is to be typed or pasted.
+    DST is a finished checkpoint. They are JSON, or what is to be typed or pasted. What NxDI could
+    not run is refused.
     """
-    from nxdi_expertscale.checkpoint import neuron_settings
+    from nxdi_expertscale.checkpoint.neuron_config import read_neuron_settings
     from nxdi_expertscale.cli import launch
+    from nxdi_expertscale.diagnostics.serving import check_serving
 
-    settings = neuron_settings(dst, tp_degree=tp_degree, batch_size=batch_size, seq_len=seq_len)
+    opened, settings = read_neuron_settings(
+        dst,
+        tp_degree=tp_degree,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        moe_ep_degree=moe_ep_degree,
+    )
+    if form == "vllm":
+        launch.check_vllm(settings, opened)
+    check_serving(opened, launch.sizes(settings) if form == "vllm" else settings.neuron_config)
     name = model or settings.override_neuron_config["quantized_checkpoints_path"]
     if form == "json":
         print_report(to_json(settings))

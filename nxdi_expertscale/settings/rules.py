@@ -216,6 +216,19 @@ def _reached_limits(settings: Settings) -> list[ReachedLimit]:
     return [limit for limit in reached if settings.max_length >= limit.starts_at]
 
 
+def _key_value_heads_on_ranks(settings: Settings) -> Values | None:
+    # Upstream: modules/attention/gqa.py, determine_sharding_strategy, then gives every query head
+    # key and value heads of its own, and pads these as if they were as few as before: their
+    # shapes fit no rank, quantized or not (0.5 to 0.9).
+    degree = settings.attention_tp_degree
+    heads, pairs = settings.num_attention_heads, settings.num_key_value_heads
+    if settings.family is None or degree is None or not heads or not pairs or heads == pairs:
+        return None
+    if degree % pairs == 0 or pairs % degree == 0:
+        return None
+    return {"degree": degree, "heads": heads, "pairs": pairs}
+
+
 def _cast_weights(settings: Settings) -> Values | None:
     # Upstream: models/application_base.py, checkpoint_loader_fn, casts every float but for scales
     # and f8e4m3, and NxDI's layers expect f8e5m2.
@@ -408,6 +421,14 @@ RULES: tuple[Rule, ...] = (
         find=_reached_limit(lambda effect: effect is not Effect.INEXACT),
         problem="{model}: {problem}",
         remedy="{remedy}",
+    ),
+    Rule(
+        name="key_value_heads",
+        scope=Scope.EXPERT_WISE,
+        find=_key_value_heads_on_ranks,
+        problem="tp_degree={degree} for {heads} heads with {pairs} heads of keys and values: NxDI "
+        "cannot spread these over so many ranks, without FP8 as well",
+        remedy="use a tp_degree that divides {pairs}, or a multiple of {pairs}",
     ),
     Rule(
         name="cast_weights",

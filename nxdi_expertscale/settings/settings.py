@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nxdi_expertscale.families.config_fields import first_int
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.exclusions import expand_exclusions
 from nxdi_expertscale.families.lookup import family_of
@@ -105,6 +106,8 @@ class Settings:
         fused_qkv: Whether NxDI fuses a layer's queries, keys and values.
         quantized_checkpoints_path: The folder of the quantized checkpoint, if one is named.
         max_length: Tokens of the longest sequence; 0 if it is not known.
+        attention_tp_degree: Ranks over which the heads of attention are spread; None where it is
+            not known, or where ranks also share them in other ways.
         model: The model's config; None where the neuron config is looked at alone.
         family: The model's family; None for a dense or unknown model.
         experts: How its experts are run; None where there is no family or nothing is quantized.
@@ -123,6 +126,7 @@ class Settings:
     fused_qkv: bool
     quantized_checkpoints_path: str | None
     max_length: int
+    attention_tp_degree: int | None = None
     model: ModelSettings | None = None
     family: MoEFamily | None = None
     experts: ExpertSettings | None = None
@@ -164,6 +168,16 @@ class Settings:
     def num_layers(self) -> int:
         """``num_hidden_layers``; 0 if it is not known."""
         return int(getattr(self._model_config, "num_hidden_layers", None) or 0)
+
+    @property
+    def num_attention_heads(self) -> int | None:
+        """Query heads; None if it is not known."""
+        return first_int(self._model_config, ("num_attention_heads",))
+
+    @property
+    def num_key_value_heads(self) -> int | None:
+        """Key and value heads; None if it is not known."""
+        return first_int(self._model_config, ("num_key_value_heads",))
 
     @property
     def num_experts(self) -> int | None:
@@ -218,10 +232,20 @@ def read_settings(
         fused_qkv=bool(getattr(neuron_config, "fused_qkv", False)),
         quantized_checkpoints_path=getattr(neuron_config, "quantized_checkpoints_path", None),
         max_length=max(getattr(neuron_config, name, None) or 0 for name in _LENGTHS),
+        attention_tp_degree=_attention_tp_degree(neuron_config),
         model=model,
         family=family,
         experts=experts,
     )
+
+
+def _attention_tp_degree(neuron_config: Any) -> int | None:
+    # Context and data parallelism of attention leave fewer ranks for the heads.
+    others = ("cp_degree", "attention_dp_degree", "ep_degree")
+    if any((getattr(neuron_config, name, None) or 1) != 1 for name in others):
+        return None
+    degree = getattr(neuron_config, "tp_degree", None)
+    return degree if type(degree) is int and degree > 0 else None
 
 
 def _read_model(model_config: Any) -> ModelSettings:

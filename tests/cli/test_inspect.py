@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 from nxdi_expertscale.checkpoint import inspect_checkpoint, quantize_checkpoint
 from nxdi_expertscale.cli import plots
 from nxdi_expertscale.cli.commands import cli
+from nxdi_expertscale.errors import ConfigurationError
 from tests.harness import checkpoints
 
 
@@ -142,3 +144,66 @@ def test_picture_of_more_layers_than_any_model_has(
     plots.draw_heat_map(dataclasses.replace(found, layers=layers), tmp_path / "map.png")
 
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An FP8 checkpoint of a model with more heads of queries than of keys."""
+    folder = tmp_path_factory.mktemp("grouped")
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    source = checkpoints.save(folder / "source", config=config)
+    return quantize_checkpoint(source, folder / "fp8").destination
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--tp-degree", "3"], "tp_degree=3 for 4 heads with 2 heads of keys and values"),
+        (["--tp-degree", "3", "--format", "nxdi"], "use a tp_degree that divides 2"),
+        (["--tp-degree", "8", "--format", "vllm"], "tp_degree=8 for 4 heads: vLLM takes degrees"),
+        (["--moe-ep-degree", "2"], "set tp_degree to a multiple of 2 as well"),
+        (["--moe-ep-degree", "2", "--tp-degree", "3"], "set tp_degree to a multiple of 2"),
+        (["--moe-ep-degree", "3", "--tp-degree", "6"], "does not divide a layer's 4 experts"),
+        (
+            ["--moe-ep-degree", "2", "--tp-degree", "2", "--batch-size", "1"],
+            "token generation with 1 x 1 tokens and 2 of 4 experts per token chooses 2 experts",
+        ),
+    ],
+    ids=" ".join,
+)
+def test_neuron_config_that_cannot_work_is_refused(
+    arguments: list[str] | str, says: str, grouped: Path
+) -> None:
+    result = CliRunner().invoke(cli, ["neuron-config", str(grouped), *arguments])
+
+    assert isinstance(result.exception, ConfigurationError)
+    assert says in str(result.exception)
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("degree", ["1", "2", "4", "8"])
+def test_neuron_config_takes_what_works(degree: str, grouped: Path) -> None:
+    result = CliRunner().invoke(cli, ["neuron-config", str(grouped), "--tp-degree", degree])
+
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("form", ["json", "vllm", "nxdi"])
+def test_neuron_config_spreads_the_experts_in_every_form(form: str, grouped: Path) -> None:
+    sizes = ["--tp-degree", "4", "--moe-ep-degree", "2", "--batch-size", "8"]
+
+    result = CliRunner().invoke(cli, ["neuron-config", str(grouped), "--format", form, *sizes])
+
+    # NxDI multiplies the two.
+    assert re.search(r"moe_ep_degree\W+2\b", result.stdout)
+    assert re.search(r"moe_tp_degree\W+2\b", result.stdout)
+
+
+def test_model_that_nxdi_computes_wrongly_gets_no_settings(tmp_path: Path) -> None:
+    source = checkpoints.save(tmp_path / "source", config={"norm_topk_prob": False})
+    fp8 = quantize_checkpoint(source, tmp_path / "fp8").destination
+
+    result = CliRunner().invoke(cli, ["neuron-config", str(fp8)])
+
+    assert isinstance(result.exception, ConfigurationError)
+    assert "NxDI ignores norm_topk_prob=false" in str(result.exception)

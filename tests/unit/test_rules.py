@@ -139,6 +139,16 @@ APPLIES: dict[str, list[Case]] = {
             model={"use_sliding_window": True, "sliding_window": 4095},
         ),
     ],
+    "key_value_heads": [
+        case(
+            f"tp_degree={degree} for {heads} heads with {pairs} heads of keys and values: NxDI "
+            "cannot spread these over so many ranks, without FP8 as well; use a tp_degree that "
+            f"divides {pairs}, or a multiple of {pairs}",
+            {"tp_degree": degree},
+            {"num_attention_heads": heads, "num_key_value_heads": pairs},
+        )
+        for degree, heads, pairs in ((3, 4, 2), (3, 12, 4), (6, 32, 4), (2, 12, 3))
+    ],
     "cast_weights": [
         case(
             "casts such weights to torch.bfloat16 when it reads a checkpoint, and not back; use",
@@ -267,6 +277,32 @@ FINE: dict[str, list[Case]] = {
         case("", model={"use_sliding_window": True, "sliding_window": 4096}),
         # The config of a model that also sees, around that of its language model.
         case("", model={"num_hidden_layers": None, "norm_topk_prob": False}),
+    ],
+    "key_value_heads": [
+        *(
+            case(
+                "",
+                {"tp_degree": degree, **others},
+                {"num_attention_heads": heads, "num_key_value_heads": pairs},
+            )
+            for degree, heads, pairs, others in (
+                (2, 4, 2, {}),
+                (8, 32, 4, {}),
+                (2, 32, 4, {}),
+                # As many heads of keys as of queries, and one for all, are padded and repeated.
+                (3, 4, 4, {}),
+                (2, 3, 1, {}),
+                (3, 4, 2, {"expert_wise_scale": False}),
+                (6, 12, 4, {"cp_degree": 2}),
+                (None, 12, 4, {}),
+            )
+        ),
+        case("", {"tp_degree": 3}, {"num_attention_heads": 4, "num_key_value_heads": None}),
+        case(
+            "",
+            {"tp_degree": 3},
+            {"model_type": "qwen3", "num_attention_heads": 4, "num_key_value_heads": 2},
+        ),
     ],
     "cast_weights": [
         case("", {"quantization_dtype": "f8e5m2", "torch_dtype": "torch.float32"}),
