@@ -5,6 +5,7 @@ What a command needs is imported when it runs, so that ``--help`` and a usage er
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,11 @@ class Invocation:
 
     Attributes:
         debug: Whether the traceback of an error is wanted.
+        can_go_on: Whether the same command, interrupted, goes on where it was.
     """
 
     debug: bool = False
+    can_go_on: bool = False
 
 
 class _Path(click.Path):
@@ -59,7 +62,12 @@ def _show_help(context: click.Context, _option: click.Parameter, wanted: bool) -
 
 def _show_version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
-        print_report(f"{PROGRAM}, version {__version__}")
+        from nxdi_expertscale.diagnostics.packages import installed_versions
+
+        versions = {name: version for name, version in installed_versions({}).items() if version}
+        del versions[PROGRAM]
+        lines = [f"{name} {version}" for name, version in versions.items()]
+        print_report("\n".join([f"{PROGRAM}, version {__version__}", *lines, platform.platform()]))
         context.exit()
 
 
@@ -101,7 +109,7 @@ class CommandGroup(click.Group):
 
     def __init__(self, name: str | None, **attributes: Any) -> None:
         super().__init__(name, **{**attributes, "add_help_option": False})
-        version = _flag("--version", callback=_show_version, description="Show the version.")
+        version = _flag("--version", callback=_show_version, description="Show versions.")
         self.params += [version, *_common_options()]
 
 
@@ -185,6 +193,7 @@ def quantize(
     from nxdi_expertscale.cli import tables
     from nxdi_expertscale.cli.progress import progress_bar
 
+    click.get_current_context().ensure_object(Invocation).can_go_on = True
     with progress_bar("quantizing") as progress:
         result = quantize_checkpoint(
             src,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
@@ -11,6 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 import click
+from click.shell_completion import shell_complete
 
 from nxdi_expertscale.cli.commands import Invocation, cli
 from nxdi_expertscale.cli.exit_status import ExitStatus
@@ -25,6 +27,9 @@ from nxdi_expertscale.cli.output import (
 from nxdi_expertscale.errors import ExpertScaleError, one_line
 
 _Handler = Callable[[int, FrameType | None], object] | int
+
+COMPLETION_VARIABLE = "_NXDI_EXPERTSCALE_COMPLETE"
+"""By which a shell asks for completions; the name is click's own for this program."""
 
 _OUT_OF_RESOURCES = ("can't allocate memory", "can't start new thread")
 """In the messages of a RuntimeError: torch's (``c10/core/impl/alloc_cpu.cpp``), and Python's."""
@@ -58,6 +63,10 @@ def main(arguments: list[str] | None = None, command: click.Command = cli) -> No
 
 
 def _run(command: click.Command, arguments: list[str], invocation: Invocation) -> ExitStatus:
+    instruction = os.environ.get(COMPLETION_VARIABLE)
+    if instruction:
+        shell_complete(command, {}, PROGRAM, COMPLETION_VARIABLE, instruction)
+        return ExitStatus.GOOD
     try:
         # Not cli.main, which ends with status 1 where a pipe breaks, and prints an empty line
         # where it is interrupted.
@@ -85,7 +94,8 @@ def _explain(error: BaseException, invocation: Invocation) -> ExitStatus:
         print_on_stderr("".join(traceback.format_exception(error)).rstrip())
     match error:
         case KeyboardInterrupt() | click.Abort():
-            print_message("interrupted")
+            goes_on = "; the same command goes on from here" if invocation.can_go_on else ""
+            print_message(f"interrupted{goes_on}")
             return ExitStatus.INTERRUPTED
         case click.UsageError():
             command = error.ctx.command_path if error.ctx is not None else PROGRAM

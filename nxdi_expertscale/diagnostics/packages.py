@@ -71,7 +71,8 @@ def check_packages(versions: Mapping[str, str | None]) -> Iterator[Finding]:
     elif nxd is not None and minor_version(nxd) != release.nxd:
         yield warning(
             f"NxDI {nxdi} belongs to NxD {release.nxd} (Neuron SDK {release.sdk}), and NxD {nxd} "
-            "is installed"
+            f"is installed; pip install --extra-index-url {NEURON_INDEX} "
+            f"'{NXD}=={release.nxd}.*'"
         )
 
 

@@ -10,6 +10,9 @@ from nxdi_expertscale.checkpoint.read.model import Model
 from nxdi_expertscale.settings import rules
 from nxdi_expertscale.settings.settings import Settings, read_settings
 
+SEQ_LEN = 128
+"""NxDI's own, where a config names none (``models/config.py``)."""
+
 
 class MoENeuronConfig(SimpleNamespace):
     """Stands for NxDI's class of this name, which need not be installed."""
@@ -27,7 +30,9 @@ def settings_of(model: Model, neuron_config: Mapping[str, Any]) -> Settings:
     fields = {**(nested if isinstance(nested, Mapping) else raw)}
     fields["model_type"] = model.config.model_type
     return read_settings(
-        MoENeuronConfig(**neuron_config), SimpleNamespace(**fields), family=model.family
+        MoENeuronConfig(**{"seq_len": SEQ_LEN, **neuron_config}),
+        SimpleNamespace(**fields),
+        family=model.family,
     )
 
 

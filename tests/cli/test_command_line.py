@@ -5,18 +5,22 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import pty
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from nxdi_expertscale import checkpoint
 from nxdi_expertscale.cli import main
+from nxdi_expertscale.cli.progress import LogLines
 from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.version import __version__
 from tests.harness import checkpoints
 from tests.harness.limits import PATIENCE
 
@@ -327,3 +331,85 @@ def test_warnings_of_the_package_are_messages(
 
     assert err.startswith(f"nxdi-expertscale: {source}/config.json: ")
     assert err.count("\n") == 1
+
+
+def test_version_has_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run_here(capsys, "--version")
+
+    first, *others = out.splitlines()
+    assert (status, err, first) == (0, "", f"nxdi-expertscale, version {__version__}")
+    assert others[0] == f"python {platform.python_version()}"
+    assert f"torch {metadata.version('torch')}" in others
+    assert others[-1] == platform.platform()
+
+
+def test_shell_completes_commands_and_options() -> None:
+    source = shell("$program", _NXDI_EXPERTSCALE_COMPLETE="zsh_source")
+    commands = shell(
+        "$program",
+        _NXDI_EXPERTSCALE_COMPLETE="zsh_complete",
+        COMP_WORDS="nxdi-expertscale neuron-config --moe",
+        COMP_CWORD="2",
+    )
+
+    assert (source.returncode, source.stderr) == (0, "")
+    assert "#compdef nxdi-expertscale" in source.stdout
+    assert "--moe-ep-degree" in commands.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["verify", "nope"], "nope: there is no such folder"),
+        (["verify", "original"], "it has a config.json, as an original and another tool's"),
+        (["neuron-config", "original"], "run quantize with it as SRC"),
+        (["verify", "empty"], "it is no checkpoint, for it has no config.json either"),
+        (["verify", "file"], "it is a file; name the folder that quantize made"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_kind_of_folder_is_told_what_it_is(
+    command: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoints.save(tmp_path / "original")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+
+    status, out, err = run_here(capsys, *command)
+
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert says in err
+
+
+class TestLinesOfALog:
+    """Progress where stderr is no terminal."""
+
+    def lines(self, steps: list[tuple[float, int]], *, in_bytes: bool = True) -> list[str]:
+        """What is written of a work of 1000 that has done so much at these times."""
+        written, now = list[str](), [0.0]
+        show = LogLines("work", in_bytes=in_bytes, write=written.append, clock=lambda: now[0])
+        for now[0], done in steps:
+            show(done, 1000)
+        return written
+
+    def test_quick_work_writes_none(self) -> None:
+        assert self.lines([(second, 50 * second) for second in range(20)]) == []
+
+    def test_long_work_writes_one_for_each_tenth(self) -> None:
+        steps = [(float(second), second) for second in range(1, 1001)]
+
+        lines = self.lines(steps)
+
+        assert len(lines) == 10
+        assert lines[0] == "work: 10%, 100 bytes of 1.0 kB, 1 byte a second, 0:15:00 left"
+
+    def test_lines_are_not_close_together(self) -> None:
+        lines = self.lines([(10.0 * n, 100 * n) for n in range(1, 11)], in_bytes=False)
+
+        assert [line.split(",")[0] for line in lines] == ["work: 30%", "work: 60%", "work: 90%"]
+        assert lines[-1] == "work: 90%, 900 of 1,000, 10 a second, 0:00:10 left"

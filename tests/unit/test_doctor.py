@@ -139,3 +139,58 @@ def test_nxd_of_another_release_is_a_warning() -> None:
     assert answer.works
     (warning,) = answer.warnings
     assert "belongs to NxD 0.18" in warning
+
+
+def unreachable(reasons: Mapping[str, str]) -> Probe:
+    """A probe that could import nothing of NxDI, for these reasons by the start of a module."""
+    modules = {
+        "config": f"{probe.NXDI}.models.config",
+        "load_module": f"{probe.NXDI}.models.model_wrapper",
+        "trace": f"{probe.NXD}.trace.trace",
+    }
+    failures = {
+        module: next(why for start, why in reasons.items() if module.startswith(start))
+        for module in modules.values()
+    }
+    waiting = tuple(
+        SeamStatus(seam, module, "f", State.WAITING, "") for seam, module in modules.items()
+    )
+    versions = {probe.NXDI: "0.9.0", probe.NXD: "0.18.0"}
+    return Probe(seams=waiting, failures=failures, versions=versions, has_nxdi=True)
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("torch_xla", "torch_xla is not installed; pip install --extra-index-url"),
+        ("torch_neuronx.xla_impl", "repos.neuron.amazonaws.com torch-neuronx"),
+        ("neuronx_distributed", "neuronx_distributed is not installed; pip install --extra"),
+        ("neuronx_distributed.trace", "parts of neuronx_distributed are missing; pip install"),
+        ("scipy", "scipy is not installed; pip install scipy"),
+    ],
+)
+def test_missing_package_is_one_problem_with_the_command(missing: str, says: str) -> None:
+    reason = f"ModuleNotFoundError: No module named '{missing}'"
+
+    answer = doctor.judge(unreachable({"": reason}))
+
+    (found,) = (problem for problem in answer.problems if "torch is not" not in problem)
+    assert says in found
+    assert "models.config (and 2 more) cannot be imported: " in found
+
+
+def test_two_causes_are_two_problems() -> None:
+    reasons = {
+        probe.NXDI: "ModuleNotFoundError: No module named 'torch_xla.core'",
+        "": "ImportError: undefined symbol",
+    }
+
+    answer = doctor.judge(unreachable(reasons))
+
+    assert sum("cannot be imported" in problem for problem in answer.problems) == 2
+
+
+def test_nxd_of_another_release_has_the_command_that_mends_it() -> None:
+    (warning,) = doctor.judge(healthy("0.9.0", nxd="0.17.3+abc")).warnings
+
+    assert warning.endswith("'neuronx-distributed==0.18.*'")

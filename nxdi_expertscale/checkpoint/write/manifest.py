@@ -18,6 +18,7 @@ from nxdi_expertscale.checkpoint.json_files import (
     parse_json,
     render_json,
 )
+from nxdi_expertscale.checkpoint.read.files import CONFIG
 from nxdi_expertscale.errors import CheckpointError, one_line
 from nxdi_expertscale.sources.folder import is_file_name, open_folder
 
@@ -102,9 +103,20 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     if not (path / MANIFEST).is_file():
         raise CheckpointError(
             f"{path}: was not made by nxdi-expertscale quantize, or is not finished: it has no "
-            f"{MANIFEST}; run quantize"
+            f"{MANIFEST}; {_what_to_do_with(path)}"
         )
     return parse_manifest(open_folder(path).read(MANIFEST, limit=MAX_JSON_BYTES), path / MANIFEST)
+
+
+def _what_to_do_with(path: Path) -> str:
+    if not path.is_dir():
+        return "it is a file; name the folder that quantize made"
+    if (path / CONFIG).is_file():
+        return (
+            "it has a config.json, as an original and another tool's folder have; run quantize "
+            "with it as SRC"
+        )
+    return "it is no checkpoint, for it has no config.json either; run quantize, also again"
 
 
 def parse_manifest(content: bytes, where: Path) -> Manifest:
