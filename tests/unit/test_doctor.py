@@ -179,7 +179,7 @@ def test_missing_package_is_one_problem_with_the_command(missing: str, says: str
     assert "models.config (and 2 more) cannot be imported: " in found
 
 
-def test_two_causes_are_two_problems() -> None:
+def test_two_causes_are_two_findings() -> None:
     reasons = {
         probe.NXDI: "ModuleNotFoundError: No module named 'torch_xla.core'",
         "": "ImportError: undefined symbol",
@@ -187,7 +187,8 @@ def test_two_causes_are_two_problems() -> None:
 
     answer = doctor.judge(unreachable(reasons))
 
-    assert sum("cannot be imported" in problem for problem in answer.problems) == 2
+    findings = [*answer.problems, *answer.warnings]
+    assert sum("cannot be imported" in finding for finding in findings) == 2
 
 
 def test_nxd_of_another_release_has_the_command_that_mends_it() -> None:
