@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ def by_hand(folder: Path) -> checkpoints.Tensors:
     }
 
 
+def keep_activations(folder: Path) -> None:
+    """Take the rounding of activations out of the config, which is for GPUs."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    del config["quantization_config"]["config_groups"]["group_0"]["input_activations"]
+    file.write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("form", "config"),
     [
@@ -38,6 +47,7 @@ def test_it_loads_as_the_dequantized_model(
 ) -> None:
     src = checkpoints.save(tmp_path / "src", form(checkpoints.tensors()), config=config)
     dst = quantize_checkpoint(src, tmp_path / "dst", modules_to_not_convert=excluded).destination
+    keep_activations(dst)
     reference = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**checkpoints.CONFIG))
     reference.float().load_state_dict(by_hand(dst))
     tokens = torch.arange(1, 33)[None]
@@ -46,3 +56,17 @@ def test_it_loads_as_the_dequantized_model(
 
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, reference(tokens).logits)
+
+
+def test_as_it_is_activations_are_rounded_too(tmp_path: Path) -> None:
+    dst = quantize_checkpoint(checkpoints.save(tmp_path / "src"), tmp_path / "dst").destination
+    tokens = torch.arange(1, 33)[None]
+
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(dst, dtype=torch.float32)
+    keep_activations(dst)
+    as_they_are = transformers.AutoModelForCausalLM.from_pretrained(dst, dtype=torch.float32)
+
+    with torch.no_grad():
+        logits, expected = rounded(tokens).logits, as_they_are(tokens).logits
+    # Of random weights, which add up the rounding of every layer.
+    assert 0.01 < (logits - expected).norm() / expected.norm() < 0.3

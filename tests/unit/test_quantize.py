@@ -283,6 +283,12 @@ def test_the_config_says_how_the_weights_are_quantized(src: Path, tmp_path: Path
     settings = config.pop("quantization_config")
     assert config == checkpoints.CONFIG
     assert settings["quant_method"] == "compressed-tensors"
+    group = settings["config_groups"]["group_0"]
+    assert {kind: group[kind]["strategy"] for kind in ("weights", "input_activations")} == {
+        "weights": "channel",
+        "input_activations": "token",
+    }
+    assert group["input_activations"]["dynamic"] is True
     assert settings["ignore"] == [
         "model.layers.0.mlp.gate",
         "model.layers.1.mlp.gate",

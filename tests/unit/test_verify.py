@@ -306,3 +306,17 @@ class TestTheFloorOfTheScale:
 
         assert quantize_checkpoint(src, tmp_path / "dst").below_floor == ()
         assert verify_checkpoint(tmp_path / "dst", src).faults == ()
+
+
+def test_folder_of_a_version_that_named_no_activations_is_good(src: Path, dst: Path) -> None:
+    config = json.loads((dst / "config.json").read_text())
+    del config["quantization_config"]["config_groups"]["group_0"]["input_activations"]
+    (dst / "config.json").write_text(json.dumps(config))
+    manifest = json.loads((dst / MANIFEST).read_text())
+    for record in manifest["files"]:
+        if record["name"] == "config.json":
+            file = dst / "config.json"
+            record |= {"size": file.stat().st_size, "blake3": digest_file(file)}
+    (dst / MANIFEST).write_text(json.dumps(manifest))
+
+    assert faults(dst, src) == {}

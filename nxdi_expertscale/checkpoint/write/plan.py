@@ -277,8 +277,10 @@ def _plan_shards(tensors: Iterable[PlannedTensor], max_shard_bytes: int) -> Iter
 def _output_config(config: Mapping[str, Any], tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
     """``config.json`` with what compressed-tensors needs to read the weights.
 
-    The scheme is its ``float-quantized``: one static scale for each output channel, activations
-    as they are.
+    The scheme is its ``float-quantized``: one static scale for each output channel. That
+    activations are rounded too, with a scale for each token, is for vLLM on a GPU, which has no
+    FP8 kernel for experts without it (``CompressedTensorsMoEMethod.get_moe_method`` of its
+    ``compressed_tensors_moe.py``). NxDI does not read it, and computes with weights alone in FP8.
     """
     weights = {
         "num_bits": 8,
@@ -288,13 +290,21 @@ def _output_config(config: Mapping[str, Any], tensors: Sequence[PlannedTensor]) 
         "dynamic": False,
         "observer": "minmax",
     }
+    activations = {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "token",
+        "symmetric": True,
+        "dynamic": True,
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
     return {
         **without_auto_map(config),
         "quantization_config": {
             "quant_method": "compressed-tensors",
             "format": "float-quantized",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "config_groups": {"group_0": group},
             "ignore": sorted(set(_ignored(tensors))),
         },
     }
