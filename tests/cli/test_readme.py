@@ -59,6 +59,15 @@ def test_variable(installed: Environment, target: str, tmp_path: Path) -> None:
     assert (tmp_path / "fp8" / "nxdi_expertscale.json").is_file()
 
 
+def test_first_command_is_the_one_that_anyone_can_try() -> None:
+    first = readme.blocks("bash")[0]
+
+    assert first == (
+        "python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 '.[evaluate]' "
+        "&& .venv/bin/nxdi-expertscale demo\n"
+    )
+
+
 def test_demo_block_for_a_host_names_commands_that_exist(installed: Environment) -> None:
     for name in ("doctor", "quantize", "neuron-config"):
         program, *arguments = readme.command(f"nxdi-expertscale {name}")

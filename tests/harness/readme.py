@@ -11,11 +11,15 @@ from typing import Any
 _TEXT = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
+def blocks(language: str) -> list[str]:
+    """All blocks in a language, in their order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", _TEXT, re.MULTILINE | re.DOTALL)
+
+
 def block(language: str, containing: str) -> str:
     """The one block in a language that contains a text."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```$", _TEXT, re.MULTILINE | re.DOTALL)
-    (found,) = (text for text in blocks if containing in text)
-    return str(found)
+    (found,) = (text for text in blocks(language) if containing in text)
+    return found
 
 
 def command(containing: str) -> list[str]:
