@@ -47,6 +47,7 @@ def dequantize_plain_linears(
             raise CheckpointError(f"{scale_of(key)}: {error}") from error
         state_dict[key] = fp8.dequantize(weight, per_channel.T).to(module.weight.dtype)
         del state_dict[scale_of(key)]
+        state_dict.pop(scale_of(f"{_copied_from(path)}.weight"), None)
         found.append((path, weight.is_meta))
     if found and not found[0][1]:
         _logger.warning(
@@ -56,3 +57,13 @@ def dequantize_plain_linears(
             len(found),
             ", ".join(sorted({path.rpartition(".")[2] for path, _ in found})),
         )
+
+
+def _copied_from(path: str) -> str:
+    """Where the tensors of a module were before a preshard hook copied them one module deeper.
+
+    NxDI's ``modules/attention/gqa.py`` makes ``self_attn.o_proj.o_proj.scale`` of
+    ``self_attn.o_proj.scale``, and leaves the latter where it is.
+    """
+    *above, _, last = ("", *path.split("."))
+    return ".".join((*above[1:], last))
