@@ -9,14 +9,23 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from nxdi_expertscale.cli.exit_status import ExitStatus
-from nxdi_expertscale.cli.output import PROGRAM, print_message, print_report, to_json
+from nxdi_expertscale.cli.output import (
+    PROGRAM,
+    LogFile,
+    print_message,
+    print_report,
+    to_json,
+)
 from nxdi_expertscale.errors import one_line
 from nxdi_expertscale.version import __version__
+
+if TYPE_CHECKING:
+    from nxdi_expertscale.checkpoint.quantization_error import LayerError
 
 MOST_WORKERS = 256
 MOST_TOKENS = 1 << 20
@@ -31,10 +40,12 @@ class Invocation:
     Attributes:
         debug: Whether the traceback of an error is wanted.
         can_go_on: Whether the same command, interrupted, goes on where it was.
+        log: The file that messages go to as well.
     """
 
     debug: bool = False
     can_go_on: bool = False
+    log: LogFile | None = None
 
 
 class _Path(click.Path):
@@ -87,9 +98,22 @@ def _flag(*names: str, callback: Callable[..., None], description: str) -> click
     )
 
 
+def _open_log(context: click.Context, _option: click.Parameter, file: Path | None) -> None:
+    if file is not None and not context.resilient_parsing:
+        context.ensure_object(Invocation).log = LogFile(file)
+
+
 def _common_options() -> list[click.Parameter]:
     return [
         _flag("--debug", callback=_set_debug, description="Print the traceback of an error."),
+        click.Option(
+            ["--log-file"],
+            metavar="FILE",
+            type=PATH,
+            expose_value=False,
+            callback=_open_log,
+            help="Add what is printed on stderr, and what the package logs, to a file.",
+        ),
         _flag("-h", "--help", callback=_show_help, description="Show this message and exit."),
     ]
 
@@ -341,6 +365,44 @@ def neuron_config(
     else:
         write = launch.vllm_command if form == "vllm" else launch.nxdi_program
         print_report(write(settings, name))
+
+
+@cli.command()
+@click.argument("dst", type=PATH)
+@click.option(
+    "--base-model",
+    metavar="ORG/NAME[@REVISION]",
+    required=True,
+    help="The original's name on the Hugging Face hub.",
+)
+@click.option(
+    "--against",
+    metavar="SRC",
+    type=PATH,
+    help="The original: each layer's error is measured, and its own card kept below.",
+)
+@workers_option
+def card(*, dst: Path, base_model: str, against: Path | None, workers: int | None) -> ExitStatus:
+    """Print a model card for the finished checkpoint DST.
+
+    It is what the Hugging Face hub shows of DST as its README.md, before 'hf upload'. The status is
+    1, without a card, if DST is not good.
+    """
+    from nxdi_expertscale.checkpoint import verify_checkpoint
+    from nxdi_expertscale.checkpoint.model_card import model_card
+    from nxdi_expertscale.cli.progress import progress_bar
+
+    name, _, revision = base_model.partition("@")
+    errors: tuple[LayerError, ...] = ()
+    if against is not None:
+        with progress_bar("verifying") as progress:
+            found = verify_checkpoint(dst, against, workers=workers, progress=progress)
+        if found.faults:
+            print_message(f"{found.faults[0].where}: {found.faults[0].what}")
+            return ExitStatus.ANSWER_IS_NO
+        errors = found.layers
+    print_report(model_card(dst, name, revision=revision or None, source=against, errors=errors))
+    return ExitStatus.GOOD
 
 
 @cli.command()

@@ -58,6 +58,8 @@ def main(arguments: list[str] | None = None, command: click.Command = cli) -> No
         # No second signal interrupts what is printed of the first.
         with _on_signals(signal.SIG_IGN, signal.SIGTERM, signal.SIGINT):
             status = _explain(error, invocation)
+    if invocation.log is not None:
+        invocation.log.close()
     flush_streams()
     sys.exit(status)
 

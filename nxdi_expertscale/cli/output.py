@@ -17,6 +17,9 @@ from nxdi_expertscale.errors import printable, shorten
 
 PROGRAM = "nxdi-expertscale"
 
+_package = logging.getLogger("nxdi_expertscale")
+_messages = logging.getLogger("nxdi_expertscale.messages")
+
 
 def to_json(result: Any) -> str:
     """Format a result as JSON, for ``--json``.
@@ -69,7 +72,9 @@ def print_message(text: str) -> None:
 
     Where stderr cannot take it there is no place left to say so; the exit status remains.
     """
-    print_on_stderr(f"{PROGRAM}: {shorten(printable(text))}")
+    line = shorten(printable(text))
+    _messages.info("%s", line)
+    print_on_stderr(f"{PROGRAM}: {line}")
 
 
 class MessageHandler(logging.Handler):
@@ -77,18 +82,45 @@ class MessageHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record."""
-        print_message(record.getMessage())
+        print_on_stderr(f"{PROGRAM}: {shorten(printable(record.getMessage()))}")
+
+
+class LogFile:
+    """A file to which messages, and what the package logs, are added with the time."""
+
+    def __init__(self, file: Path) -> None:
+        """Open the file.
+
+        Raises:
+            OSError: It cannot be opened.
+        """
+        self._handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+        self._handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
+        self._level = _package.level
+        _package.addHandler(self._handler)
+        _package.setLevel(logging.INFO)
+
+    def close(self) -> None:
+        """Leave the package's logger as it was."""
+        _package.removeHandler(self._handler)
+        _package.setLevel(self._level)
+        self._handler.close()
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 @contextmanager
 def warnings_as_messages() -> Iterator[None]:
     """Print the package's warnings, of which the terminal is otherwise not protected."""
-    logger, handler = logging.getLogger("nxdi_expertscale"), MessageHandler(logging.WARNING)
-    logger.addHandler(handler)
+    handler = MessageHandler(logging.WARNING)
+    _package.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        _package.removeHandler(handler)
 
 
 def print_on_stderr(text: str) -> None:

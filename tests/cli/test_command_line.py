@@ -413,3 +413,32 @@ class TestLinesOfALog:
 
         assert [line.split(",")[0] for line in lines] == ["work: 30%", "work: 60%", "work: 90%"]
         assert lines[-1] == "work: 90%, 900 of 1,000, 10 a second, 0:00:10 left"
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_messages_and_warnings_go_to_a_log_file_too(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoints.save(tmp_path / "source", config={"norm_topk_prob": False})
+    log = tmp_path / "log"
+    option = ["--log-file", str(log)]
+    command = ["quantize", str(source), str(tmp_path / "dst")]
+
+    made = run_here(capsys, *(option + command if place == "before" else command + option))
+    failed = run_here(capsys, "verify", str(tmp_path / "nope\x1b[2J"), *option)
+
+    lines = log.read_text().splitlines()
+    assert (made[0], failed[0]) == (0, 2)
+    assert made[2].count("\n") == failed[2].count("\n") == 1
+    assert sum("NxDI ignores norm_topk_prob" in line for line in lines) == 1
+    assert lines[-1].endswith(r"INFO " + failed[2].strip().removeprefix("nxdi-expertscale: "))
+    assert all(line.isprintable() for line in lines)
+
+
+def test_log_file_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run_here(capsys, "verify", "x", "--log-file", str(tmp_path / "no" / "log"))
+
+    assert (status, err.count("\n")) == (2, 1)
+    assert "No such file or directory" in err
