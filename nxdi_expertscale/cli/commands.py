@@ -238,8 +238,11 @@ def quantize(
 
 
 @cli.command()
+@click.option(
+    "--model", metavar="FOLDER", type=PATH, help="Judge this checkpoint on this host as well."
+)
 @json_option
-def doctor(*, as_json: bool) -> ExitStatus:
+def doctor(*, model: Path | None, as_json: bool) -> ExitStatus:
     """Check whether this environment can do it.
 
     Shown is what is installed, what became of each patch, and what is wrong. NxDI is imported in
@@ -247,7 +250,12 @@ def doctor(*, as_json: bool) -> ExitStatus:
     """
     from nxdi_expertscale.diagnostics.doctor import examine
 
-    examination = examine()
+    if model is None:
+        examination = examine()
+    else:
+        from nxdi_expertscale.diagnostics.model_check import examine_model
+
+        examination = examine(model=examine_model(model))
     if as_json:
         print_report(to_json(examination))
     else:

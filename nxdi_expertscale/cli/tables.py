@@ -61,6 +61,7 @@ def examination(found: Examination) -> str:
         ("Seams", {seam.seam: f"{seam.state} {seam.reason}".strip() for seam in found.seams}),
         ("Activation", found.activation),
         ("Device", found.device),
+        ("Model", found.model),
     ]
     parts = [f"{title}\n{_pairs(rows, indent=2)}" for title, rows in sections if rows]
     parts += [f"warning: {_line(warning)}" for warning in found.warnings]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nxdi_expertscale.diagnostics import probe
 from nxdi_expertscale.diagnostics.device import check_device, describe_device
@@ -20,6 +21,9 @@ from nxdi_expertscale.diagnostics.upstream import check_imports, check_seams
 from nxdi_expertscale.diagnostics.ways_in import check_ways_in, ways_in
 from nxdi_expertscale.errors import counted
 from nxdi_expertscale.hooking.patch import SeamStatus
+
+if TYPE_CHECKING:
+    from nxdi_expertscale.diagnostics.model_check import ModelReport
 
 TIME_LIMIT = 300.0
 """Seconds for importing NxDI; on a cold disk it takes more than a minute."""
@@ -39,6 +43,7 @@ class Examination:
         seams: What became of each patch once NxDI was imported.
         activation: Whether the plugin is activated, by the way in.
         device: What the environment says of the device.
+        model: What is known of the model that was asked about, by name; empty without one.
     """
 
     works: bool
@@ -50,22 +55,25 @@ class Examination:
     seams: tuple[SeamStatus, ...]
     activation: Mapping[str, str]
     device: Mapping[str, str]
+    model: Mapping[str, str]
 
 
-def examine(time_limit: float = TIME_LIMIT) -> Examination:
+def examine(time_limit: float = TIME_LIMIT, model: ModelReport | None = None) -> Examination:
     """Examine this environment; NxDI is imported in a child process.
 
     Args:
         time_limit: Seconds that importing NxDI may take.
+        model: What was found of a model that is to run here.
     """
-    return judge(probe.run(time_limit))
+    return judge(probe.run(time_limit), model)
 
 
-def judge(found: Probe) -> Examination:
+def judge(found: Probe, model: ModelReport | None = None) -> Examination:
     """Judge this environment by what importing NxDI showed.
 
     Args:
         found: What a child process found.
+        model: What was found of a model that is to run here.
     """
     versions = installed_versions(found.versions)
     has_vllm = versions[VLLM] is not None
@@ -76,6 +84,7 @@ def judge(found: Probe) -> Examination:
         *check_seams(found),
         *check_ways_in(found, has_vllm=has_vllm),
         *check_device(),
+        *(model.findings if model is not None else ()),
     ]
     problems = tuple(finding.text for finding in findings if finding.is_problem)
     warnings = tuple(finding.text for finding in findings if not finding.is_problem)
@@ -94,6 +103,7 @@ def judge(found: Probe) -> Examination:
         seams=found.seams,
         activation=ways_in(found, has_vllm=has_vllm),
         device=describe_device(),
+        model=model.rows if model is not None else {},
     )
 
 
