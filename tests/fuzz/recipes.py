@@ -84,8 +84,9 @@ def _link(path: Path, target: str) -> None:
 
 def _copy(path: Path, name: str) -> None:
     copied = path.parent / name
-    # An earlier step may have made it a folder.
-    if copied.parent == path.parent and not copied.is_dir():
+    # An earlier step may have made it a folder, a pipe, or a link to somewhere else.
+    is_free = copied.is_file() or not copied.exists()
+    if copied.parent == path.parent and is_free and not copied.is_symlink():
         with path.open("rb") as file:
             copied.write_bytes(file.read(1 << 20))
 
