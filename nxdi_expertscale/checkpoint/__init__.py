@@ -1,12 +1,22 @@
-"""A checkpoint on disk: read, plan, quantize in a stream, write, resume, verify."""
+"""A checkpoint on disk: read, plan, quantize in a stream, write, resume, verify.
 
-from nxdi_expertscale.checkpoint.finished import check_finished
-from nxdi_expertscale.checkpoint.inspect import Inspection, inspect_checkpoint
-from nxdi_expertscale.checkpoint.neuron_config import NeuronSettings, neuron_settings
-from nxdi_expertscale.checkpoint.origin import mismatch
-from nxdi_expertscale.checkpoint.quantize import QuantizationResult, quantize_checkpoint
-from nxdi_expertscale.checkpoint.verify import Verification, verify_checkpoint
-from nxdi_expertscale.checkpoint.write.manifest import Manifest, read_manifest
+Its functions are imported when they are used: most need torch, which takes seconds to import, and
+what finds a request or a folder wrong does not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nxdi_expertscale.checkpoint.finished import check_finished
+    from nxdi_expertscale.checkpoint.inspect import Inspection, inspect_checkpoint
+    from nxdi_expertscale.checkpoint.neuron_config import NeuronSettings, neuron_settings
+    from nxdi_expertscale.checkpoint.origin import mismatch
+    from nxdi_expertscale.checkpoint.quantize import QuantizationResult, quantize_checkpoint
+    from nxdi_expertscale.checkpoint.verify import Verification, verify_checkpoint
+    from nxdi_expertscale.checkpoint.write.manifest import Manifest, read_manifest
 
 __all__ = [
     "Inspection",
@@ -22,3 +32,25 @@ __all__ = [
     "read_manifest",
     "verify_checkpoint",
 ]
+
+_MODULES = {
+    "Inspection": "inspect",
+    "Manifest": "write.manifest",
+    "NeuronSettings": "neuron_config",
+    "QuantizationResult": "quantize",
+    "Verification": "verify",
+    "check_finished": "finished",
+    "inspect_checkpoint": "inspect",
+    "mismatch": "origin",
+    "neuron_settings": "neuron_config",
+    "quantize_checkpoint": "quantize",
+    "read_manifest": "write.manifest",
+    "verify_checkpoint": "verify",
+}
+"""Where each name is, below this package."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

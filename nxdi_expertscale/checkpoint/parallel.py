@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-import torch
-
 MAX_WORKERS = 32
 """More gain nothing: Python's own part of the work is done by one thread at a time."""
 
@@ -38,6 +36,8 @@ def for_each(work: Callable[[Item], None], items: Iterator[Item], workers: int) 
         items: The items.
         workers: Number of threads.
     """
+    import torch  # Only who has work for threads needs it: an error is told without.
+
     taking = threading.Lock()
     stop = threading.Event()
 

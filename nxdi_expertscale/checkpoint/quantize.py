@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nxdi_expertscale.checkpoint.json_files import render_json
-from nxdi_expertscale.checkpoint.origin import mismatch_of
 from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores
 from nxdi_expertscale.checkpoint.read.auxiliary import find_auxiliary_files, read_auxiliary_file
 from nxdi_expertscale.checkpoint.read.files import (
@@ -37,7 +36,6 @@ from nxdi_expertscale.checkpoint.write.provenance import (
     source_records,
 )
 from nxdi_expertscale.checkpoint.write.staging import Staging, digests_of_tensors
-from nxdi_expertscale.checkpoint.write.stream import write_shards
 from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.families.exclusions import parse_exclusions
 from nxdi_expertscale.version import __version__
@@ -140,7 +138,9 @@ def quantize_checkpoint(
         else:
             check_destination(source, destination, overwrite=overwrite)
 
-            # 4. Read, convert and write the weights, shard by shard.
+            # 4. Read, convert and write the weights, shard by shard. From here on torch is needed.
+            from nxdi_expertscale.checkpoint.write.stream import write_shards
+
             source_before = source_files(source)
             records, resumed = write_shards(
                 source,
@@ -191,6 +191,8 @@ def quantize_checkpoint(
 
 def _is_result(destination: Path, source: Model, modules_to_not_convert: Sequence[str]) -> bool:
     """Whether a finished folder is what this run is to make."""
+    from nxdi_expertscale.checkpoint.origin import mismatch_of
+
     finished, manifest = open_model(destination), read_manifest(destination)
     return mismatch_of(finished, manifest, source, modules_to_not_convert) is None
 

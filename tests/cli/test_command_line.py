@@ -77,6 +77,21 @@ def test_nothing_heavy_is_imported_for_help_usage_errors_and_the_doctor(
 
 
 @pytest.mark.parametrize(
+    "command", [["quantize", "/no/such", "fp8"], ["neuron-config", "/no/such"]]
+)
+def test_what_is_wrong_with_a_folder_is_said_without_torch(command: list[str]) -> None:
+    code = (
+        "import sys\nfrom nxdi_expertscale.cli import main\n"
+        f"try:\n    main({command!r})\n"
+        "except SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
+    )
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+
+    assert result.stdout.split() == [b"2", b"False"]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["quantize"], "Missing argument 'SRC'. (see nxdi-expertscale quantize --help)"),
