@@ -92,6 +92,10 @@ class MoEFamily:
             come to the converter under the latter.
         config_path: Where a ``config.json`` keeps the fields of the language model, one within
             the other; those that there are.
+        config_modules: Modules beside the converter's that define a config of its models, which is
+            known by them where it has no ``model_type``; ``*.module`` for one in any package.
+        layer_types: Field of the model's config that says of which kind each layer is, where they
+            differ in shape.
         num_experts: Attributes of the model's config that may hold the number of experts.
         num_experts_per_tok: Attributes that may hold the number of experts of a token.
         intermediate_size: Attributes that may hold the experts' intermediate size.
@@ -120,6 +124,8 @@ class MoEFamily:
     converter_knows_scales: bool = False
     full_precision: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    config_modules: tuple[str, ...] = ()
+    layer_types: str = "layer_types"
     config_path: tuple[str, ...] = _USUAL_CONFIG_PATH
     num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
     num_experts_per_tok: tuple[str, ...] = ("num_experts_per_tok",)

@@ -30,7 +30,11 @@ def family_of(
     for family in families:
         if model_type in family.model_types:
             return family
-        if not model_type and any(matches_name(family.module, name) for name in modules):
+        if not model_type and any(
+            matches_name(known, name)
+            for known in (family.module, *family.config_modules)
+            for name in modules
+        ):
             return family
     return None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nxdi_expertscale.families.built_in import BUILT_IN
+from nxdi_expertscale.families.built_in import OF_NXDI
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.limits import ALWAYS, Effect, Limit
 
@@ -100,7 +100,7 @@ NOT_REACHED: dict[str, list[dict[str, Any]]] = {
 
 EVERY = [
     pytest.param(family, limit, id=f"{family.name}: {limit.field}")
-    for family in BUILT_IN
+    for family in OF_NXDI
     for limit in family.limits
 ]
 
@@ -126,7 +126,7 @@ def test_limit_is_reached_by_what_asks_for_it(family: MoEFamily, limit: Limit, f
         assert "{" not in reached.problem + reached.remedy
 
 
-@pytest.mark.parametrize("family", BUILT_IN, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", OF_NXDI, ids=lambda family: family.name)
 def test_limits_are_not_reached_by_what_nxdi_runs_rightly(family: MoEFamily) -> None:
     for asked in NOT_REACHED[family.name]:
         assert family.limits_of({**CONFIGS[family.name], **asked}) == ()
@@ -176,13 +176,13 @@ PUBLISHED = [
 
 @pytest.mark.parametrize(("model", "config"), PUBLISHED, ids=[name for name, _ in PUBLISHED])
 def test_published_models_reach_no_limit(model: str, config: dict[str, Any]) -> None:
-    (family,) = (one for one in BUILT_IN if config["model_type"] in one.model_types)
+    (family,) = (one for one in OF_NXDI if config["model_type"] in one.model_types)
 
     assert family.limits_of(config) == ()
 
 
 def test_missing_fields_have_hugging_faces_defaults() -> None:
-    qwen3_moe, mixtral, llama4 = BUILT_IN
+    qwen3_moe, mixtral, llama4 = OF_NXDI
 
     # Qwen3MoeConfig() does not normalize; Llama4TextConfig() tunes the temperature.
     assert [reached.limit.field for reached in qwen3_moe.limits_of({})] == ["norm_topk_prob"]
@@ -193,7 +193,7 @@ def test_missing_fields_have_hugging_faces_defaults() -> None:
 def test_what_is_off_by_less_than_fp8_is_inexact_and_nothing_else() -> None:
     inexact = {
         (family.name, limit.field)
-        for family in BUILT_IN
+        for family in OF_NXDI
         for limit in family.limits
         if limit.effect is Effect.INEXACT
     }

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import nxdi_expertscale
-from nxdi_expertscale.families.built_in import BUILT_IN
+from nxdi_expertscale.families.built_in import OF_NXDI
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.code import names_in_code
 from nxdi_expertscale.patches import nxdi_patches
@@ -104,7 +104,7 @@ def record(nxdi: Any) -> Record:
         **{f"scales named in {name}": _scales_in(name) for name in _converters()},
         **{f"default of {name}": value for name, value in _defaults(nxdi.MoENeuronConfig())},
         **{f"members of {name}": _members(_find(name)) for name in ENUMERATIONS},
-        **{f"experts of {family.name} are made by": _maker(family) for family in BUILT_IN},
+        **{f"experts of {family.name} are made by": _maker(family) for family in OF_NXDI},
         **dict(_expert_layers()),
     }
 
@@ -145,7 +145,7 @@ def _find(name: str) -> Any:
 def _functions() -> set[str]:
     patched = {
         f"{patch.module}:{patch.attribute}"
-        for patch in nxdi_patches(BUILT_IN)
+        for patch in nxdi_patches(OF_NXDI)
         if patch.module.startswith((NXDI, NXD))
     }
     return {*patched, *CALLED, *_entrances()}
@@ -153,7 +153,7 @@ def _functions() -> set[str]:
 
 def _entrances() -> dict[str, str]:
     """The converter of each entrance, by the entrance's name."""
-    converters = {family.name: family.converter.partition(":") for family in BUILT_IN}
+    converters = {family.name: family.converter.partition(":") for family in OF_NXDI}
     return {
         f"{converters[name][0]}:{entrance}": converters[name][2]
         for name, entrance in ENTRANCES.items()
@@ -178,7 +178,7 @@ def _named(name: str, words: tuple[str, ...]) -> dict[str, bool]:
 
 def _converters() -> list[str]:
     """The converters that are to know nothing of scales, and by what NxDI calls them."""
-    unaware = [family.converter for family in BUILT_IN if not family.converter_knows_scales]
+    unaware = [family.converter for family in OF_NXDI if not family.converter_knows_scales]
     return [*unaware, *_entrances()]
 
 

@@ -17,7 +17,7 @@ import pytest
 from nxdi_expertscale import ConfigurationError, quantize_checkpoint
 from nxdi_expertscale.checkpoint import neuron_settings
 from nxdi_expertscale.errors import ExpertScaleError
-from nxdi_expertscale.families.built_in import BUILT_IN
+from nxdi_expertscale.families.built_in import OF_NXDI
 from nxdi_expertscale.families.limits import Effect
 from tests.harness import models
 from tests.harness.targets import Target
@@ -130,7 +130,7 @@ SAVE: dict[str, Callable[..., Path]] = {
     "mixtral": models.save_mixtral,
     "llama4": models.save_llama4,
 }
-FAMILIES = {family.name: family for family in BUILT_IN}
+FAMILIES = {family.name: family for family in OF_NXDI}
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -247,6 +247,6 @@ def test_every_limit_is_seen() -> None:
     seen = {(case.family, case.field) for case in CASES}
     seen |= {(family, "rope_parameters") for family in SAVE}
 
-    for family in BUILT_IN:
+    for family in OF_NXDI:
         for limit in family.limits:
             assert (family.name, limit.field) in seen

@@ -141,7 +141,7 @@ def read_config(raw: Mapping[str, Any], family: MoEFamily, where: str) -> ModelC
         norm_topk_prob=fields.optional("norm_topk_prob", bool),
         mlp_only_layers=fields.layers("mlp_only_layers"),
         decoder_sparse_step=fields.optional_size("decoder_sparse_step") or 1,
-        layer_types=fields.strings("layer_types"),
+        layer_types=fields.kinds(family.layer_types),
         rms_norm_eps=fields.optional_number("rms_norm_eps"),
         rope_type=rope.optional("rope_type", str) or rope.optional("type", str) or "default",
         rope_theta=rope.optional_number("rope_theta") or fields.optional_number("rope_theta"),
@@ -186,11 +186,11 @@ class _Fields:
             raise damaged(self._where, f"{name} is {value!r}, not a number")
         return float(value)
 
-    def strings(self, name: str) -> tuple[str, ...]:
+    def kinds(self, name: str) -> tuple[str, ...]:
         value = self.optional(name, list) or []
-        if not all(type(part) is str for part in value):
+        if not all(type(part) in {str, int} for part in value):
             raise damaged(self._where, f"{name} is {value!r}, not a list of names")
-        return tuple(value)
+        return tuple(map(str, value))
 
     def layers(self, name: str) -> tuple[int, ...]:
         value = self.optional(name, list) or []

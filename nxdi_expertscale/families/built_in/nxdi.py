@@ -1,8 +1,8 @@
-"""The families that are built in: those of NxDI's own models."""
+"""The families of NxDI's own models."""
 
 from __future__ import annotations
 
-from nxdi_expertscale.families.built_in_limits import (
+from nxdi_expertscale.families.built_in.limits import (
     LLAMA4_LIMITS,
     MIXTRAL_LIMITS,
     QWEN3_MOE_LIMITS,
@@ -18,6 +18,8 @@ QWEN3_MOE = MoEFamily(
         ":convert_qwen3_moe_hf_to_neuron_state_dict"
     ),
     stacked=Stacking.OUTPUTS_FIRST,
+    # Qwen3-Coder-30B-A3B, which has a config of its own: pull request 67.
+    config_modules=("*.modeling_qwen3_coder_moe",),
     limits=QWEN3_MOE_LIMITS,
     decoder=DecoderTraits(head_norm=True, normalizes_top_k=False),
 )
@@ -34,6 +36,8 @@ MIXTRAL = MoEFamily(
     gate="w1",
     up="w3",
     down="w2",
+    # contrib/models/Mixtral-8x7B-Instruct-v0.1, which has a config of its own.
+    config_modules=("*.modeling_mixtral",),
     num_experts=("num_local_experts",),
     intermediate_size=("intermediate_size",),
     limits=MIXTRAL_LIMITS,
@@ -65,4 +69,4 @@ LLAMA4 = MoEFamily(
     limits=LLAMA4_LIMITS,
 )
 
-BUILT_IN: tuple[MoEFamily, ...] = (QWEN3_MOE, MIXTRAL, LLAMA4)
+OF_NXDI: tuple[MoEFamily, ...] = (QWEN3_MOE, MIXTRAL, LLAMA4)
