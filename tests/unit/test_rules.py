@@ -64,9 +64,9 @@ APPLIES: dict[str, list[Case]] = {
     ],
     "unknown_model": [
         case(
-            "not supported for 'olmoe': it has experts, and no plugin declares its family; turn "
+            "not supported for 'mine_moe': it has experts, and no plugin declares its family; turn "
             "expert_wise_scale off. A model with experts",
-            model={"model_type": "olmoe", **counts},
+            model={"model_type": "mine_moe", **counts},
         )
         for counts in (
             {"num_experts": 64},
@@ -233,8 +233,8 @@ FINE: dict[str, list[Case]] = {
         case("", model={"model_type": "qwen3"}),
     ],
     "unknown_model": [
-        case("", OFF, {"model_type": "olmoe", "num_experts": 64}),
-        case("", {"quantized": False}, {"model_type": "olmoe", "num_experts": 64}),
+        case("", OFF, {"model_type": "mine_moe", "num_experts": 64}),
+        case("", {"quantized": False}, {"model_type": "mine_moe", "num_experts": 64}),
         case("", model={"model_type": "qwen3", "num_experts": None}),
         case("", model={"model_type": "qwen3", "num_experts": None, "num_local_experts": 1}),
     ],
