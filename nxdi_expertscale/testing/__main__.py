@@ -21,6 +21,12 @@ from nxdi_expertscale.cli.output import print_report, to_json
     help="The model's application in NxDI, of a module that can be imported.",
 )
 @click.option(
+    "--config",
+    "config_cls",
+    metavar="MODULE:CLASS",
+    help="The class of its config, where the application does not say.",
+)
+@click.option(
     "--reference",
     metavar="FOLDER",
     type=PATH,
@@ -29,7 +35,13 @@ from nxdi_expertscale.cli.output import print_report, to_json
 @click.option("--keep", metavar="FOLDER", type=PATH, help="Keep the quantized checkpoint there.")
 @json_option
 def check(
-    *, checkpoint: Path, application: str, reference: Path | None, keep: Path | None, as_json: bool
+    *,
+    checkpoint: Path,
+    application: str,
+    config_cls: str | None,
+    reference: Path | None,
+    keep: Path | None,
+    as_json: bool,
 ) -> ExitStatus:
     """Hold a family's declaration to a small model of it, CHECKPOINT, run by NxDI on a CPU.
 
@@ -39,7 +51,9 @@ def check(
     from nxdi_expertscale.testing.check import check_family
     from nxdi_expertscale.testing.report import summary
 
-    found = check_family(checkpoint, application, reference=reference, folder=keep)
+    found = check_family(
+        checkpoint, application, config_cls=config_cls, reference=reference, folder=keep
+    )
     print_report(to_json(found) if as_json else summary(found))
     return ExitStatus.GOOD if found.is_right else ExitStatus.ANSWER_IS_NO
 

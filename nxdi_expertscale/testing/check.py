@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,8 @@ from nxdi_expertscale.testing.ranks import one_rank
 from nxdi_expertscale.testing.running import (
     LoadedModel,
     MakeConfig,
-    find_application,
+    config_cls_of,
+    find_class,
     load_application,
     make_config,
 )
@@ -38,8 +39,11 @@ WITHIN_BLOCK = 0.08
 UNEXPLAINED = 1e-3
 """By how much logits may differ from those of the dequantized weights: the order of additions."""
 
-SEQUENCE = 16
-"""Tokens of the prompt, and of the bucket that they go through."""
+SEQUENCE = 32
+"""Tokens of a prompt, and of the bucket that they go through."""
+
+PROMPTS = 8
+"""Several, because a token whose choice of experts is a close one may go to others."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class FamilyCheck:
         parameters: Error of each parameter, dequantized, against the original's.
         moe: Error of each MoE block's output, given the same input, by its path.
         blocks: Error of each other part of a layer that has weights.
-        logits: Error of the last token's logits.
+        logits: Error of the logits of some prompts' last tokens.
         logits_experts_alone: The same where only the experts are quantized.
         unexplained: How far the logits are from those of the dequantized weights.
         problems: What is wrong, one line each; none where the declaration is right.
@@ -80,9 +84,10 @@ def check_family(
     checkpoint: str | os.PathLike[str],
     application: Any,
     *,
+    config_cls: Any = None,
+    make_config: MakeConfig | None = None,
     reference: str | os.PathLike[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
-    make_config: MakeConfig | None = None,
     **settings: Any,
 ) -> FamilyCheck:
     """Quantize, verify, load and run a small model, and compare it with itself unquantized.
@@ -94,11 +99,12 @@ def check_family(
     Args:
         checkpoint: Folder of the model, in the published layout, FP8 or not.
         application: Its application's class in NxDI, or ``"package.module:Class"``.
+        config_cls: The class of its config, or its name, where the application does not say.
+        make_config: Gives NxDI's config for ``(neuron config, folder)``; by default what that class
+            makes of ``config.json``.
         reference: The model in full precision; by default ``checkpoint`` itself, dequantized if
             it is FP8.
         folder: Where the quantized checkpoint is written and kept; by default it is not kept.
-        make_config: Gives NxDI's config for ``(neuron config, folder)``; by default what the
-            application's own class makes of ``config.json``.
         settings: Further keywords of the neuron config, such as ``seq_len``.
 
     Returns:
@@ -122,12 +128,12 @@ def check_family(
         quantize_checkpoint(source, target)
         verification = verify_checkpoint(target, source)
         stack.enter_context(one_rank())
-        way = _Way(application, make_config, {"seq_len": SEQUENCE, **settings})
+        way = _Way(application, config_cls, make_config, {"seq_len": SEQUENCE, **settings})
         unquantized = way.load(original, quantized=False)
         loaded = way.load(source, **neuron_settings(target).neuron_config)
         family = open_model(source).family
-        tokens = _prompt(way.vocab_size, way.settings["seq_len"])
-        found = _compare(unquantized, loaded, family, tokens)
+        prompts = _prompts(way.vocab_size, way.settings["seq_len"])
+        found = _compare(unquantized, loaded, family, prompts)
     faults = [f"{fault.where}: {fault.what}" for fault in verification.faults]
     return dataclasses.replace(found, problems=(*faults, *found.problems, *problems_of(found)))
 
@@ -136,18 +142,21 @@ class _Way:
     """How models of one application are configured and loaded."""
 
     def __init__(
-        self, application: Any, make_config: MakeConfig | None, settings: dict[str, Any]
+        self,
+        application: Any,
+        config_cls: Any,
+        make_config: MakeConfig | None,
+        settings: dict[str, Any],
     ) -> None:
         self.settings = settings
         self.vocab_size = 0
-        self._application = (
-            find_application(application) if isinstance(application, str) else application
-        )
+        self._application = _class_of(application)
+        self._config_cls = _class_of(config_cls) or config_cls_of(self._application)
         self._make_config = make_config
 
     def load(self, checkpoint: Path, **settings: Any) -> LoadedModel:
         sequence = self.settings["seq_len"]
-        neuron_config = self._application.get_config_cls().get_neuron_config_cls()(
+        neuron_config = self._config_cls.get_neuron_config_cls()(
             **{
                 "batch_size": 1,
                 "max_context_length": sequence,
@@ -159,18 +168,25 @@ class _Way:
         if self._make_config is not None:
             config = self._make_config(neuron_config, checkpoint)
         else:
-            config = make_config(neuron_config, checkpoint, self._application)
+            config = make_config(neuron_config, checkpoint, self._config_cls)
         self.vocab_size = config.vocab_size
         return load_application(self._application(str(checkpoint), config))
 
 
-def _prompt(vocab_size: int, length: int) -> torch.Tensor:
+def _class_of(given: Any) -> Any:
+    return find_class(given) if isinstance(given, str) else given
+
+
+def _prompts(vocab_size: int, length: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
-    return torch.randint(1, vocab_size, (1, length), generator=generator)
+    return [torch.randint(1, vocab_size, (1, length), generator=generator) for _ in range(PROMPTS)]
 
 
 def _compare(
-    unquantized: LoadedModel, loaded: LoadedModel, family: MoEFamily, tokens: torch.Tensor
+    unquantized: LoadedModel,
+    loaded: LoadedModel,
+    family: MoEFamily,
+    prompts: Sequence[torch.Tensor],
 ) -> FamilyCheck:
     unquantized, notes = _completed(unquantized, loaded)
     ours, theirs = _weights(loaded), _weights(unquantized)
@@ -179,14 +195,14 @@ def _compare(
         name: relative_error(values[name], theirs[name]) for name in values.keys() & theirs.keys()
     }
     experts = {path for layer in find_expert_layers(loaded.module) for path in layer.paths}
-    expected, calls = _run(unquantized, experts, tokens)
+    expected, calls = _run(unquantized, experts, prompts)
     errors = {path: _error_of_block(loaded, path, call) for path, call in calls.items()}
     blocks_of_experts = set(map(_block_of, experts))
-    logits = loaded.logits(tokens)
+    logits = _logits(loaded, prompts)
     of_experts = {name: value for name, value in values.items() if _parent(name) in experts}
     with _restored(unquantized):
-        alone = _logits_with(unquantized, of_experts, tokens)
-        explained = _logits_with(unquantized, values, tokens)
+        alone = _logits_with(unquantized, of_experts, prompts)
+        explained = _logits_with(unquantized, values, prompts)
     return FamilyCheck(
         family=family.name,
         quantized=tuple(name for name in values if ours[name].dtype.itemsize == 1),
@@ -240,9 +256,9 @@ _Call = tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]
 
 
 def _run(
-    model: LoadedModel, experts: Collection[str], tokens: torch.Tensor
+    model: LoadedModel, experts: Collection[str], prompts: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, dict[str, _Call]]:
-    """The last token's logits, and the first call of each block, by its path."""
+    """The logits, and the first call of each block, by its path."""
     calls: dict[str, _Call] = {}
 
     def keep_as(path: str) -> Callable[..., None]:
@@ -256,7 +272,7 @@ def _run(
         for path in _blocks(model.module, set(map(_block_of, experts)))
     ]
     try:
-        return model.logits(tokens), calls
+        return _logits(model, prompts), calls
     finally:
         for handle in handles:
             handle.remove()
@@ -281,10 +297,15 @@ def _error_of_block(model: LoadedModel, path: str, call: _Call) -> float:
 
 
 def _logits_with(
-    model: LoadedModel, values: Mapping[str, torch.Tensor], tokens: torch.Tensor
+    model: LoadedModel, values: Mapping[str, torch.Tensor], prompts: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     model.module.load_state_dict(values, strict=False)
-    return model.logits(tokens)
+    return _logits(model, prompts)
+
+
+def _logits(model: LoadedModel, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Logits of each prompt's last token, ``[prompts, vocab]``."""
+    return torch.cat([model.logits(prompt) for prompt in prompts])
 
 
 @contextmanager

@@ -55,8 +55,8 @@ class LoadedModel:
         return logits[:, -1]
 
 
-def find_application(name: str) -> Any:
-    """Import an application's class.
+def find_class(name: str) -> Any:
+    """Import a class.
 
     Args:
         name: ``"package.module:Class"``.
@@ -66,29 +66,37 @@ def find_application(name: str) -> Any:
     """
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(
-            f"{name}: {one_line(error)}; name the class of the model's application as "
-            "'package.module:Class', of a module that can be imported (PYTHONPATH)"
+            f"{name}: {one_line(error)}; name a class as 'package.module:Class', of a module that "
+            "can be imported (PYTHONPATH)"
         ) from error
-    if not hasattr(found, "get_config_cls"):
+
+
+def config_cls_of(application: Any) -> Any:
+    """The class of an application's config.
+
+    Raises:
+        ConfigurationError: The application does not say, or is none.
+    """
+    try:
+        return application.get_config_cls()
+    except (AttributeError, NotImplementedError) as error:
         raise ConfigurationError(
-            f"{name}: has no get_config_cls, so it is no application of NxDI; name the class that "
-            "is derived from NeuronBaseForCausalLM"
-        )
-    return found
+            f"{application.__name__}: has no get_config_cls; name the class that is derived from "
+            "NeuronBaseForCausalLM as the application, and that of its config beside it"
+        ) from error
 
 
-def make_config(neuron_config: Any, checkpoint: Path, application: Any) -> Any:
-    """Make NxDI's config of a model in the way that its application has.
+def make_config(neuron_config: Any, checkpoint: Path, config_cls: Any) -> Any:
+    """Make NxDI's config of a model in the way that its class has.
 
-    That is ``from_pretrained`` of the config's class, which many contributed models define, or what
-    ``config.json`` has, read as transformers reads it.
+    That is ``from_pretrained``, which many contributed models define, or what ``config.json`` has,
+    read as transformers reads it.
     """
     from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
 
-    config_cls = application.get_config_cls()
     if hasattr(config_cls, "from_pretrained"):
         return config_cls.from_pretrained(str(checkpoint), neuron_config=neuron_config)
     return config_cls(neuron_config, load_config=load_pretrained_config(*_to_load(checkpoint)))

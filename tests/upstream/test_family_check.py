@@ -117,8 +117,13 @@ def test_program_prints_the_check_and_ends_with_its_answer(
     assert status == 1
     assert FamilyCheck(**json.loads(out)).problems[0].startswith("layers.0.mlp: its output is ")
 
-    for name in ("nowhere:Model", "json:Model", "json", "json:JSONDecoder"):
+    for name, says in {
+        "nowhere:Model": "nowhere:Model: ModuleNotFoundError",
+        "json:Model": "json:Model: AttributeError",
+        "json": "json: ",
+        "json:JSONDecoder": "JSONDecoder: has no get_config_cls",
+    }.items():
         status, _, err = run(name)
         assert status == 2
-        assert err.startswith(f"nxdi-expertscale: {name}: ")
+        assert err.startswith(f"nxdi-expertscale: {says}")
         assert len(err.splitlines()) == 1

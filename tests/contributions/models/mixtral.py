@@ -1,0 +1,34 @@
+"""Mixtral as it was contributed, with NxDI's converter imported by name."""
+
+from __future__ import annotations
+
+from tests.contributions import tiny
+from tests.contributions.contribution import Contribution
+
+
+def _write(model: tiny.Tiny) -> None:
+    model.ends()
+    for layer in range(tiny.LAYERS):
+        path = f"model.layers.{layer}"
+        model.layer_norms(path)
+        model.attention(f"{path}.self_attn")
+        model.linear(f"{path}.block_sparse_moe.gate", tiny.EXPERTS, tiny.HIDDEN)
+        model.experts(f"{path}.block_sparse_moe.experts", names=("w1", "w3", "w2"))
+
+
+MIXTRAL = Contribution(
+    name="Mixtral-8x7B",
+    ref="4bcdc54",
+    path="contrib/models/Mixtral-8x7B-Instruct-v0.1",
+    application="modeling_mixtral:NeuronMixtralForCausalLM",
+    config={
+        **tiny.COMMON,
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": tiny.EXPERTS,
+        "num_experts_per_tok": tiny.CHOSEN,
+        "intermediate_size": tiny.INNER,
+        "sliding_window": None,
+    },
+    write=_write,
+)
