@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nxdi_expertscale.checkpoint.dry_run import DryRun, run_dry
     from nxdi_expertscale.checkpoint.finished import check_finished
     from nxdi_expertscale.checkpoint.inspect import Inspection, inspect_checkpoint
     from nxdi_expertscale.checkpoint.neuron_config import NeuronSettings, neuron_settings
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from nxdi_expertscale.checkpoint.write.manifest import Manifest, read_manifest
 
 __all__ = [
+    "DryRun",
     "Inspection",
     "Manifest",
     "NeuronSettings",
@@ -30,10 +32,12 @@ __all__ = [
     "neuron_settings",
     "quantize_checkpoint",
     "read_manifest",
+    "run_dry",
     "verify_checkpoint",
 ]
 
 _MODULES = {
+    "DryRun": "dry_run",
     "Inspection": "inspect",
     "Manifest": "write.manifest",
     "NeuronSettings": "neuron_config",
@@ -45,6 +49,7 @@ _MODULES = {
     "neuron_settings": "neuron_config",
     "quantize_checkpoint": "quantize",
     "read_manifest": "write.manifest",
+    "run_dry": "dry_run",
     "verify_checkpoint": "verify",
 }
 """Where each name is, below this package."""

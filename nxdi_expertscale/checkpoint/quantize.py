@@ -117,7 +117,7 @@ def quantize_checkpoint(
         {'quantized experts': 18432, 'quantized linears': 193, 'dequantized': 0, 'kept': 242}
     """
     started = time.perf_counter()
-    _check_settings(modules_to_not_convert, workers, max_shard_bytes)
+    check_settings(modules_to_not_convert, workers, max_shard_bytes)
     destination = Path(dst).absolute()
 
     # 1. Open the source: its config, the headers of its files, its weights and their scales.
@@ -148,7 +148,7 @@ def quantize_checkpoint(
                 plan.shards,
                 staging,
                 workers=workers or available_cores(),
-                meter=Meter(sum(shard.source_bytes for shard in plan.shards), progress),
+                meter=Meter(plan.source_bytes, progress),
             )
 
             below_floor = tuple(sorted(n for r in records.values() for n in r.below_floor))
@@ -208,9 +208,14 @@ def _write_other_files(
     return tuple(staging.file_record(name) for name in (*auxiliary, CONFIG, INDEX))
 
 
-def _check_settings(
+def check_settings(
     modules_to_not_convert: Sequence[str], workers: int | None, max_shard_bytes: int
 ) -> None:
+    """Check settings that hold for any source.
+
+    Raises:
+        ConfigurationError: One is not possible.
+    """
     parse_exclusions(modules_to_not_convert)
     if workers is not None and workers < 1:
         raise ConfigurationError(f"workers: {workers} threads do nothing; give 1 or more")

@@ -197,6 +197,12 @@ def plot_option(function: _Function) -> _Function:
     is_flag=True,
     help="Keep what predicts further tokens (MTP), in full precision. NxDI does not load it.",
 )
+@click.option(
+    "--dry-run",
+    "is_dry_run",
+    is_flag=True,
+    help="Only show what would be made, and what it takes; no weight is read.",
+)
 @json_option
 def quantize(
     *,
@@ -206,17 +212,29 @@ def quantize(
     workers: int | None,
     overwrite: bool,
     keep_mtp: bool,
+    is_dry_run: bool,
     as_json: bool,
-) -> None:
+) -> ExitStatus:
     """Make the FP8 checkpoint DST from the checkpoint SRC.
 
     SRC is a folder with config.json and safetensors files. A run that was cut off is continued
-    by the same command.
+    by the same command. With --dry-run the status is 1 if the disk has too little room.
     """
-    from nxdi_expertscale.checkpoint import quantize_checkpoint
+    from nxdi_expertscale.checkpoint import quantize_checkpoint, run_dry
     from nxdi_expertscale.cli import tables
     from nxdi_expertscale.cli.progress import progress_bar
 
+    if is_dry_run:
+        found = run_dry(
+            src,
+            dst,
+            modules_to_not_convert=exclusions,
+            workers=workers,
+            overwrite=overwrite,
+            keep_mtp=keep_mtp,
+        )
+        print_report(to_json(found) if as_json else tables.dry_run_summary(found))
+        return ExitStatus.GOOD if found.fits else ExitStatus.ANSWER_IS_NO
     click.get_current_context().ensure_object(Invocation).can_go_on = True
     with progress_bar("quantizing") as progress:
         result = quantize_checkpoint(
@@ -235,6 +253,7 @@ def quantize(
     except OSError as error:
         # The work is done, and whoever waits for the status goes on with the checkpoint.
         print_message(f"{result.destination}: is complete, but {one_line(error)}")
+    return ExitStatus.GOOD
 
 
 @cli.command()

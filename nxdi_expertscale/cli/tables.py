@@ -14,7 +14,7 @@ from rich.table import Table
 from nxdi_expertscale.errors import counted, printable, shorten
 
 if TYPE_CHECKING:
-    from nxdi_expertscale.checkpoint import Inspection, QuantizationResult, Verification
+    from nxdi_expertscale.checkpoint import DryRun, Inspection, QuantizationResult, Verification
     from nxdi_expertscale.diagnostics.doctor import Examination
     from nxdi_expertscale.evaluation.comparison import Metrics
     from nxdi_expertscale.evaluation.demo import Demo
@@ -49,6 +49,45 @@ def quantization_summary(result: QuantizationResult) -> str:
     if result.below_floor:
         rows["too small for FP8"] = listed(result.below_floor)
     return f"{result.destination}\n{_pairs(rows)}"
+
+
+def dry_run_summary(found: DryRun) -> str:
+    """Format what ``quantize`` would make and take."""
+    scheme = f", {found.scheme}" if found.scheme else ""
+    rows = {
+        "source": found.source,
+        "model": f"{found.model_type}, family {found.family}{scheme}",
+        "before": filesize.decimal(found.source_bytes),
+        "after": f"{filesize.decimal(found.output_bytes)} in {counted(found.shards, 'file')}",
+        **{kind: counted(number, "tensor") for kind, number in found.tensors.items()},
+    }
+    if found.mtp_left_out:
+        rows["left out (MTP)"] = counted(found.mtp_left_out, "tensor")
+    if found.code_left_out:
+        rows["code, not copied"] = listed(found.code_left_out)
+    needed, free = map(filesize.decimal, (found.disk_bytes, found.disk_free_bytes))
+    rows["disk"] = f"{needed} needed, {free} free{'' if found.fits else ': too little'}"
+    rows["memory"] = filesize.decimal(found.memory_bytes)
+    rate = filesize.decimal(int(found.bytes_per_second))
+    rows["time"] = (
+        f"{_duration(found.seconds)} to convert ({rate}/s with {counted(found.workers, 'thread')}, "
+        "measured now); longer where reading or writing is slower"
+    )
+    lines = [f"{_line(str(found.destination))} (nothing is written)", _pairs(rows)]
+    lines.append("Not quantized")
+    for kept in found.in_full_precision:
+        count = f"{counted(kept.tensors, 'tensor')}, {filesize.decimal(kept.nbytes)}"
+        lines.append(_line(f"  {count}: {kept.reason}"))
+    lines += [_line(f"warning: {limit}") for limit in found.limits]
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    """A time as people say it: in the unit that leaves at least two of it."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def examination(found: Examination) -> str:

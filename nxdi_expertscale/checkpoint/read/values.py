@@ -6,12 +6,12 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from nxdi_expertscale.checkpoint.read.files import WeightFiles
 from nxdi_expertscale.checkpoint.read.scales import BlockScale
-from nxdi_expertscale.checkpoint.read.tensor_reader import TensorReader
 from nxdi_expertscale.checkpoint.read.tensors import FP8, Weight
 from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor
 from nxdi_expertscale.errors import damaged
@@ -51,6 +51,16 @@ class Buffers(threading.local):
         return buffer[:count].view(shape)
 
 
+class RowReader(Protocol):
+    """Where bytes of tensors come from: a ``TensorReader``, or what stands for one."""
+
+    def read_into(self, buffer: memoryview, file: str, offset: int) -> None:
+        """Fill a buffer with the bytes of a file from an offset on."""
+
+    def read_rows_into(self, buffer: memoryview, tensor: StoredTensor, rows: range) -> None:
+        """Fill a buffer with the bytes of some rows of a tensor, in C order."""
+
+
 class ValueReader:
     """Reads rows of a checkpoint's weights, from several threads at once.
 
@@ -59,7 +69,7 @@ class ValueReader:
             again.
     """
 
-    def __init__(self, files: WeightFiles, reader: TensorReader) -> None:
+    def __init__(self, files: WeightFiles, reader: RowReader) -> None:
         self._files = files
         self._reader = reader
         self.buffers = Buffers()

@@ -6,6 +6,7 @@ import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from nxdi_expertscale.checkpoint.read.model import Model
@@ -70,11 +71,30 @@ def _check_no_stray_weights(destination: Path) -> None:
         )
 
 
-def check_space(nbytes: int, destination: Path) -> None:
-    """Check that the disk of a destination has room for some bytes of weights.
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Room on the disk of a destination, in bytes.
 
-    Raises:
-        CheckpointError: It has not.
+    Attributes:
+        needed: What is still to be written.
+        free: What is free.
+    """
+
+    needed: int
+    free: int
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there is room for all of it."""
+        return self.needed <= self.free
+
+
+def find_space(nbytes: int, destination: Path) -> Space:
+    """Compare the weights that a destination will hold with the room on its disk.
+
+    Args:
+        nbytes: Bytes of all weights; what an interrupted run has written is taken off.
+        destination: The folder; it need not be there.
     """
     folder = destination
     while not folder.exists():
@@ -83,10 +103,19 @@ def check_space(nbytes: int, destination: Path) -> None:
     written = sum(
         path.lstat().st_blocks * 512 for path in (destination / WORK).glob("*.safetensors")
     )
-    free = shutil.disk_usage(folder).free
-    if nbytes - written > free:
+    return Space(max(0, nbytes - written), shutil.disk_usage(folder).free)
+
+
+def check_space(nbytes: int, destination: Path) -> None:
+    """Check that the disk of a destination has room for some bytes of weights.
+
+    Raises:
+        CheckpointError: It has not.
+    """
+    space = find_space(nbytes, destination)
+    if not space.is_enough:
         raise CheckpointError(
-            f"{destination}: needs {(nbytes - written) / 1e9:.2f} GB and {free / 1e9:.2f} GB "
+            f"{destination}: needs {space.needed / 1e9:.2f} GB and {space.free / 1e9:.2f} GB "
             "are free; free some space or name a folder on another disk"
         )
 

@@ -126,6 +126,11 @@ class Plan:
         """Bytes of all files of weights."""
         return sum(shard.nbytes for shard in self.shards)
 
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all tensors that they are made from."""
+        return sum(shard.source_bytes for shard in self.shards)
+
     def count_kinds(self) -> dict[str, int]:
         """How many tensors there are of each kind."""
         counts = Counter(planned.kind for shard in self.shards for planned in shard.tensors)
