@@ -15,6 +15,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from nxdi_expertscale.sources.source import Source
+
 _CHUNK_BYTES = 1 << 20
 
 
@@ -40,4 +42,23 @@ def digest_file_object(file: FileIO) -> str:
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     while count := file.readinto(buffer):
         hasher.update(buffer[:count])
+    return hasher.hexdigest()
+
+
+def digest_source_file(source: Source, name: str) -> str:
+    """Digest of a file of a source, in hexadecimal.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    hasher = blake3()
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    size, files = source.size(name), source.open([name])
+    try:
+        for offset in range(0, size, _CHUNK_BYTES):
+            piece = buffer[: min(_CHUNK_BYTES, size - offset)]
+            files.read_into(piece, name, offset)
+            hasher.update(piece)
+    finally:
+        files.close()
     return hasher.hexdigest()

@@ -17,17 +17,25 @@ from pathlib import Path
 
 from nxdi_expertscale.checkpoint import digests
 from nxdi_expertscale.checkpoint.parallel import available_cores, for_each
-from nxdi_expertscale.checkpoint.quantize import MAX_SHARD_BYTES, check_settings
+from nxdi_expertscale.checkpoint.quantize import check_settings
 from nxdi_expertscale.checkpoint.read.auxiliary import find_auxiliary_files
 from nxdi_expertscale.checkpoint.read.chunks import Chunk, chunks_of
 from nxdi_expertscale.checkpoint.read.model import Model, open_model
 from nxdi_expertscale.checkpoint.read.values import ValueReader, as_bytes
 from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor
 from nxdi_expertscale.checkpoint.write.convert import RowConverter
-from nxdi_expertscale.checkpoint.write.destination import check_destination, find_space
 from nxdi_expertscale.checkpoint.write.full_precision import KeptTensors, explain_kept
+from nxdi_expertscale.checkpoint.write.locate import open_destination
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
-from nxdi_expertscale.checkpoint.write.plan import Plan, PlannedTensor, check_readable, make_plan
+from nxdi_expertscale.checkpoint.write.plan import (
+    MAX_SHARD_BYTES,
+    Plan,
+    PlannedTensor,
+    check_readable,
+    make_plan,
+)
+from nxdi_expertscale.sources.locate import open_source
+from nxdi_expertscale.sources.spool import spool_bytes
 
 SAMPLE_BYTES = 64 << 20
 """Bytes of the source that are converted to measure how quick that is."""
@@ -42,6 +50,7 @@ class DryRun:
 
     Attributes:
         source: What is read.
+        origin: What that is, pinned to a revision; None for a folder.
         destination: What would be made.
         model_type: The model's type, as its config has it.
         family: The family that it belongs to.
@@ -54,8 +63,10 @@ class DryRun:
         limits: What NxDI itself computes wrongly, or cannot load, of this model.
         code_left_out: Scripts, binaries and ``auto_map`` of configs, which would not be copied.
         mtp_left_out: Number of tensors that predict further tokens, and would be left out.
-        disk_bytes: Bytes that are still to be written.
-        disk_free_bytes: Bytes that are free on the destination's disk.
+        disk_bytes: Bytes that are still to be written, or for S3 those that wait at a time.
+        disk_free_bytes: Bytes that are free there: on the destination's disk, or for S3 on this
+            host's.
+        spool_bytes: The most that lies in the spool at a time; 0 where the source is a folder.
         workers: Threads.
         memory_bytes: Memory of the process, as it was when the sample was converted.
         bytes_per_second: Bytes of the source that were converted in a second.
@@ -63,7 +74,8 @@ class DryRun:
     """
 
     source: str
-    destination: Path
+    origin: str | None
+    destination: Path | str
     model_type: str
     family: str
     scheme: str | None
@@ -77,6 +89,7 @@ class DryRun:
     mtp_left_out: int
     disk_bytes: int
     disk_free_bytes: int
+    spool_bytes: int
     workers: int
     memory_bytes: int
     bytes_per_second: float
@@ -96,6 +109,7 @@ def run_dry(
     workers: int | None = None,
     overwrite: bool = False,
     keep_mtp: bool = False,
+    spool: Path | None = None,
 ) -> DryRun:
     """Find out what ``quantize`` would make of a checkpoint; no weight is read, nothing written.
 
@@ -106,18 +120,21 @@ def run_dry(
         ConfigurationError: A setting is not possible.
     """
     check_settings(modules_to_not_convert, workers, MAX_SHARD_BYTES)
-    destination = Path(dst).absolute()
-    model = open_model(src, keep_mtp=keep_mtp)
-    plan = make_plan(model, modules_to_not_convert, MAX_SHARD_BYTES)
-    check_readable(plan)
-    check_destination(model, destination, overwrite=overwrite)
-    auxiliary = find_auxiliary_files(model.folder, leave_out=[MANIFEST])
-    space = find_space(plan.nbytes, destination)
+    destination = open_destination(dst, spool)
     threads = workers or available_cores()
+    with open_source(src, spool=spool) as source:
+        model = open_model(source, keep_mtp=keep_mtp)
+        plan = make_plan(model, modules_to_not_convert, MAX_SHARD_BYTES)
+        check_readable(plan)
+        destination.check(model, overwrite=overwrite)
+        auxiliary = find_auxiliary_files(source, leave_out=[MANIFEST])
+    space = destination.space(plan.nbytes)
     rate = _measure_rate(model, plan, threads)
+    sizes = [] if isinstance(source.path, Path) else map(source.size, model.files.headers)
     return DryRun(
-        source=str(model.folder.path),
-        destination=destination,
+        source=str(source.path),
+        origin=source.origin,
+        destination=destination.path,
         model_type=model.config.model_type,
         family=model.family.name,
         scheme=model.scheme.name if model.scheme is not None else None,
@@ -133,6 +150,7 @@ def run_dry(
         mtp_left_out=model.mtp_left_out,
         disk_bytes=space.needed,
         disk_free_bytes=space.free,
+        spool_bytes=spool_bytes(sizes),
         workers=threads,
         memory_bytes=_memory_bytes(),
         bytes_per_second=rate,

@@ -16,13 +16,14 @@ from nxdi_expertscale.checkpoint.read.files import CONFIG, INDEX
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from nxdi_expertscale.checkpoint.write.stray_weights import find_stray_weights
 from nxdi_expertscale.errors import CheckpointError
-from nxdi_expertscale.sources.folder import Folder, open_folder
+from nxdi_expertscale.sources.folder import open_folder
+from nxdi_expertscale.sources.source import Source
 
 
 def find_changed_files(
-    folder: Folder,
+    folder: Source,
     records: Iterable[FileRecord],
-    digest: Callable[[Path], str],
+    digest: Callable[[str], str],
     workers: int | None = None,
 ) -> dict[str, str]:
     """Find the files that are not as they were written.
@@ -30,7 +31,7 @@ def find_changed_files(
     Args:
         folder: The folder.
         records: What was written.
-        digest: Gives the digest of a file's content, in hexadecimal.
+        digest: Gives the digest of a file's content by its name, in hexadecimal.
         workers: Threads; by default as many as there are cores for this process.
 
     Returns:
@@ -43,14 +44,13 @@ def find_changed_files(
             changed[record.name] = "is missing"
             return
         try:
-            path = folder.checked_path(record.name)
+            size = folder.size(record.name)
         except CheckpointError as error:
             changed[record.name] = str(error)
             return
-        size = path.stat().st_size
         if size != record.size:
             changed[record.name] = f"has {size} bytes, and {record.size} were written"
-        elif digest(path) != record.blake3:
+        elif digest(record.name) != record.blake3:
             changed[record.name] = "has other content than was written (its checksum differs)"
 
     for_each(check, iter(records), workers or available_cores())
@@ -88,7 +88,11 @@ def check_finished(folder: Path) -> Manifest:
         )
     loaded = [record for record in manifest.files if record.name in (INDEX, CONFIG)]
     with KnownDigests() as known:
-        changed = find_changed_files(opened, (*manifest.shards, *loaded), known.digest)
+        changed = find_changed_files(
+            opened,
+            (*manifest.shards, *loaded),
+            lambda name: known.digest(opened.checked_path(name)),
+        )
     for name, what in changed.items():
         raise CheckpointError(
             f"{folder / name}: {what}; copy the folder again, or remove it to have it made again "

@@ -15,9 +15,10 @@ from nxdi_expertscale.checkpoint.read.chunks import Chunk, chunks_of
 from nxdi_expertscale.checkpoint.read.model import Model, open_model
 from nxdi_expertscale.checkpoint.read.tensor_reader import TensorReader
 from nxdi_expertscale.checkpoint.read.values import ValueReader
-from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, read_manifest
+from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, manifest_of
 from nxdi_expertscale.families.tensor_names import ExpertTensor
 from nxdi_expertscale.numerics import fp8, scales
+from nxdi_expertscale.sources.locate import open_source
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Inspection:
     """What a checkpoint is.
 
     Attributes:
-        folder: Its folder.
+        folder: Its folder, or its address.
         model_type: The model's type.
         family: The family that it belongs to.
         scheme: How its weights are quantized; None if they are not.
@@ -59,7 +60,7 @@ class Inspection:
             loses them.
     """
 
-    folder: Path
+    folder: Path | str
     model_type: str
     family: str
     scheme: str | None
@@ -89,6 +90,7 @@ def inspect_checkpoint(
     folder: str | os.PathLike[str],
     *,
     workers: int | None = None,
+    spool: Path | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
     """Read the experts of a checkpoint, quantized or not, and compare their scales.
@@ -96,6 +98,7 @@ def inspect_checkpoint(
     Args:
         folder: Any checkpoint that ``quantize`` reads, or has made.
         workers: Threads; by default as many as there are cores for this process.
+        spool: Folder for what is read of a checkpoint that is not on this host.
         progress: Called with the bytes that are done, and all of them.
 
     Raises:
@@ -104,18 +107,19 @@ def inspect_checkpoint(
     Example:
         >>> [layer.spread for layer in inspect_checkpoint("Qwen3-30B-A3B").layers]
     """
-    model = open_model(folder)
-    measured, below_floor = _measure_experts(model, workers or available_cores(), progress)
+    with open_source(folder, spool=spool) as source:
+        model = open_model(source)
+        measured, below_floor = _measure_experts(model, workers or available_cores(), progress)
+        made_by = manifest_of(source).version if source.has(MANIFEST) else None
     dtypes: dict[str, int] = defaultdict(int)
     for tensor in model.files.tensors.values():
         dtypes[tensor.dtype] += tensor.nbytes
-    path = model.folder.path
     return Inspection(
-        folder=path,
+        folder=source.path,
         model_type=model.config.model_type,
         family=model.family.name,
         scheme=model.scheme.name if model.scheme is not None else None,
-        made_by=read_manifest(path).version if (path / MANIFEST).is_file() else None,
+        made_by=made_by,
         dtypes=dict(sorted(dtypes.items())),
         num_experts=model.config.num_experts,
         layers=tuple(_spreads(measured, model.family.projections)),

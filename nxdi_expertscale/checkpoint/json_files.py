@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nxdi_expertscale.errors import damaged
-from nxdi_expertscale.sources.folder import Folder
+from nxdi_expertscale.sources.source import Source
 
 MAX_JSON_BYTES = 32 << 20
 """Longer than any real config or index."""
@@ -21,7 +21,7 @@ MAX_DEPTH = 64
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def read_json(folder: Folder, name: str) -> dict[str, Any]:
+def read_json(folder: Source, name: str) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:

@@ -18,18 +18,18 @@ from nxdi_expertscale.checkpoint.read.files import (
 from nxdi_expertscale.checkpoint.read.model import Model, open_model
 from nxdi_expertscale.checkpoint.upstream_limits import warn_of_limits
 from nxdi_expertscale.checkpoint.write.destination import (
-    check_destination,
     check_space,
     translate_disk_errors,
 )
+from nxdi_expertscale.checkpoint.write.locate import open_destination
 from nxdi_expertscale.checkpoint.write.manifest import (
     MANIFEST,
     FileRecord,
     Manifest,
+    manifest_of,
     normalized,
-    read_manifest,
 )
-from nxdi_expertscale.checkpoint.write.plan import Plan, check_readable, make_plan
+from nxdi_expertscale.checkpoint.write.plan import MAX_SHARD_BYTES, Plan, check_readable, make_plan
 from nxdi_expertscale.checkpoint.write.provenance import (
     check_unchanged,
     source_files,
@@ -38,10 +38,8 @@ from nxdi_expertscale.checkpoint.write.provenance import (
 from nxdi_expertscale.checkpoint.write.staging import Staging, digests_of_tensors
 from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.families.exclusions import parse_exclusions
+from nxdi_expertscale.sources.locate import open_source
 from nxdi_expertscale.version import __version__
-
-MAX_SHARD_BYTES = 1_000_000_000
-"""Size of the files of weights. A run that is cut off loses no more than those it was at."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class QuantizationResult:
     """What a run made.
 
     Attributes:
-        destination: The finished folder.
+        destination: The finished folder, or its address in S3.
         source_bytes: Bytes of the source's files of weights.
         output_bytes: Bytes of the files of weights that were written.
         seconds: How long it took.
@@ -63,7 +61,7 @@ class QuantizationResult:
         mtp_left_out: Number of tensors that predict further tokens, and were left out.
     """
 
-    destination: Path
+    destination: Path | str
     source_bytes: int
     output_bytes: int
     seconds: float
@@ -84,6 +82,7 @@ def quantize_checkpoint(
     workers: int | None = None,
     overwrite: bool = False,
     keep_mtp: bool = False,
+    spool: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> QuantizationResult:
@@ -95,8 +94,10 @@ def quantize_checkpoint(
     cannot be loaded, and the same call goes on from the files that were finished.
 
     Args:
-        src: A checkpoint's folder: ``config.json`` and safetensors files.
-        dst: The folder to make; new, empty, or one that an earlier call made or began.
+        src: A checkpoint: ``config.json`` and safetensors files in a folder, on the Hub or in S3;
+            see :func:`~nxdi_expertscale.sources.locate.open_source`.
+        dst: The folder to make, or ``s3://bucket/prefix``; new, empty, or one that an earlier call
+            made or began. No two runs may write to one prefix at a time.
         modules_to_not_convert: Modules that stay in full precision, in the names of the checkpoint
             or of NxDI's modules; see :func:`~nxdi_expertscale.families.exclusions.Exclusions`.
             What NxDI cannot load quantized, such as the router, is never converted.
@@ -104,6 +105,9 @@ def quantize_checkpoint(
         overwrite: Replace a finished folder. The old one stays until the new one is complete.
         keep_mtp: Keep what predicts further tokens (multi-token prediction), in full precision.
             NxDI does not load it, and by default it is left out.
+        spool: Folder for what is read of a source that is not on this host, up to 2.15 GB at a
+            time, and for the files that are on their way to S3, up to four; by default the
+            system's for temporary files.
         max_shard_bytes: Size of the files of weights.
         progress: Called with bytes of the source that are done, and all of them.
 
@@ -118,64 +122,73 @@ def quantize_checkpoint(
     """
     started = time.perf_counter()
     check_settings(modules_to_not_convert, workers, max_shard_bytes)
-    destination = Path(dst).absolute()
+    destination = open_destination(dst, spool)
 
-    # 1. Open the source: its config, the headers of its files, its weights and their scales.
-    source = open_model(src, keep_mtp=keep_mtp)
-    warn_of_limits(source)
+    with open_source(src, spool=spool) as opened:
+        # 1. Open the source: its config, the headers of its files, its weights and their scales.
+        source = open_model(opened, keep_mtp=keep_mtp)
+        warn_of_limits(source)
 
-    # 2. Plan every file that will be written, and check that there is room for it.
-    plan = make_plan(source, modules_to_not_convert, max_shard_bytes)
-    check_readable(plan)
-    auxiliary = find_auxiliary_files(source.folder, leave_out=[MANIFEST])
-    check_destination(source, destination, overwrite=overwrite)
-    check_space(plan.nbytes, destination)
+        # 2. Plan every file that will be written, and check that there is room for it.
+        plan = make_plan(source, modules_to_not_convert, max_shard_bytes)
+        check_readable(plan)
+        auxiliary = find_auxiliary_files(source.folder, leave_out=[MANIFEST])
+        destination.check(source, overwrite=overwrite)
+        check_space(plan.nbytes, destination)
 
-    with translate_disk_errors(destination), Staging(destination) as staging:
-        # 3. Publish what an earlier run wrote completely; if it is what was asked for, that is all.
-        if staging.resume_publishing() and _is_result(destination, source, modules_to_not_convert):
-            resumed, below_floor = len(plan.shards), read_manifest(destination).below_floor
-        else:
-            check_destination(source, destination, overwrite=overwrite)
-
-            # 4. Read, convert and write the weights, shard by shard. From here on torch is needed.
-            from nxdi_expertscale.checkpoint.write.stream import write_shards
-
-            source_before = source_files(source)
-            records, resumed = write_shards(
-                source,
-                source_before,
-                plan.shards,
-                staging,
-                workers=workers or available_cores(),
-                meter=Meter(plan.source_bytes, progress),
+        with translate_disk_errors(destination.path), destination.staging() as staging:
+            # 3. Publish what an earlier run wrote completely; if that is what was asked for, it
+            #    is all.
+            finished = staging.resume_publishing() and _find_result(
+                destination.path, source, modules_to_not_convert
             )
+            if finished:
+                resumed, below_floor = len(plan.shards), finished.below_floor
+            else:
+                destination.check(source, overwrite=overwrite)
 
-            below_floor = tuple(sorted(n for r in records.values() for n in r.below_floor))
+                # 4. Read, convert and write the weights, shard by shard. From here on torch is
+                #    needed.
+                from nxdi_expertscale.checkpoint.write.stream import write_shards
 
-            # 5. Write the config, the index, and the files that lie beside the weights.
-            files = _write_other_files(staging, source, plan, auxiliary.names)
+                source_before = source_files(source)
+                records, resumed = write_shards(
+                    source,
+                    source_before,
+                    plan.shards,
+                    staging,
+                    workers=workers or available_cores(),
+                    meter=Meter(plan.source_bytes, progress),
+                )
 
-            # 6. Check that the source is still what was read, and record what was made from it.
-            digests = digests_of_tensors(records.values())
-            check_unchanged(source, source_before, digests)
-            manifest = Manifest(
-                version=__version__,
-                model_type=source.config.model_type,
-                modules_to_not_convert=normalized((*modules_to_not_convert, *plan.kept_by_source)),
-                source=source_records(source, source_before, digests),
-                tensors=plan.count_kinds(),
-                below_floor=below_floor,
-                shards=tuple(records[shard.name].file for shard in plan.shards),
-                files=files,
-            )
-            staging.write(MANIFEST, manifest.to_json())
+                below_floor = tuple(sorted(n for r in records.values() for n in r.below_floor))
 
-            # 7. Publish: move the files to their places, the index after all that it names.
-            staging.publish()
+                # 5. Write the config, the index, and the files that lie beside the weights.
+                files = _write_other_files(staging, source, plan, auxiliary.names)
+
+                # 6. Check that the source is still what was read, and record what was made from it.
+                digests = digests_of_tensors(records.values())
+                check_unchanged(source, source_before, digests)
+                manifest = Manifest(
+                    version=__version__,
+                    model_type=source.config.model_type,
+                    modules_to_not_convert=normalized(
+                        (*modules_to_not_convert, *plan.kept_by_source)
+                    ),
+                    source=source_records(source, source_before, digests),
+                    tensors=plan.count_kinds(),
+                    below_floor=below_floor,
+                    shards=tuple(records[shard.name].file for shard in plan.shards),
+                    files=files,
+                    origin=opened.origin,
+                )
+                staging.write(MANIFEST, manifest.to_json())
+
+                # 7. Publish: move the files to their places, the index after all that it names.
+                staging.publish()
 
     return QuantizationResult(
-        destination=destination,
+        destination=destination.path,
         source_bytes=source.files.nbytes,
         output_bytes=plan.nbytes,
         seconds=time.perf_counter() - started,
@@ -189,12 +202,16 @@ def quantize_checkpoint(
     )
 
 
-def _is_result(destination: Path, source: Model, modules_to_not_convert: Sequence[str]) -> bool:
-    """Whether a finished folder is what this run is to make."""
+def _find_result(
+    destination: Path | str, source: Model, modules_to_not_convert: Sequence[str]
+) -> Manifest | None:
+    """The manifest of a finished folder, if it is what this run is to make."""
     from nxdi_expertscale.checkpoint.origin import mismatch_of
 
-    finished, manifest = open_model(destination), read_manifest(destination)
-    return mismatch_of(finished, manifest, source, modules_to_not_convert) is None
+    with open_source(destination) as folder:
+        finished, manifest = open_model(folder), manifest_of(folder)
+        reason = mismatch_of(finished, manifest, source, modules_to_not_convert)
+    return manifest if reason is None else None
 
 
 def _write_other_files(

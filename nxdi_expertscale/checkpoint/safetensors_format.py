@@ -14,7 +14,7 @@ from typing import Any
 
 from nxdi_expertscale.checkpoint.json_files import parse_json
 from nxdi_expertscale.errors import CheckpointError, damaged
-from nxdi_expertscale.sources.folder import Folder
+from nxdi_expertscale.sources.source import Source
 
 ITEM_SIZES: Mapping[str, int] = {
     "BOOL": 1,
@@ -83,7 +83,7 @@ class StoredTensor:
         return self.shape[-1] if len(self.shape) > 1 else 1
 
 
-def read_header(folder: Folder, file: str) -> tuple[list[StoredTensor], bytes]:
+def read_header(folder: Source, file: str) -> tuple[list[StoredTensor], bytes]:
     """Read and check the header of a safetensors file.
 
     Args:

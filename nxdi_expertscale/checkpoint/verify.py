@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from nxdi_expertscale.checkpoint.digests import digest_file
+from nxdi_expertscale.checkpoint.digests import digest_source_file
 from nxdi_expertscale.checkpoint.finished import find_changed_files
 from nxdi_expertscale.checkpoint.manifest_check import find_manifest_faults
 from nxdi_expertscale.checkpoint.origin import mismatch_of
@@ -23,14 +25,16 @@ from nxdi_expertscale.checkpoint.read.values import TORCH_DTYPES, ValueReader
 from nxdi_expertscale.checkpoint.write.manifest import (
     MANIFEST,
     Manifest,
-    read_manifest,
+    check_is_folder,
+    manifest_of,
 )
 from nxdi_expertscale.checkpoint.write.plan import effective_exclusions
 from nxdi_expertscale.checkpoint.write.stray_weights import find_stray_weights
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.exclusions import Exclusions
 from nxdi_expertscale.numerics import fp8
-from nxdi_expertscale.sources.folder import Folder, open_folder
+from nxdi_expertscale.sources.locate import is_remote, open_source
+from nxdi_expertscale.sources.source import Source
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Verification:
     """The result of a verification.
 
     Attributes:
-        folder: The folder that was verified.
+        folder: The folder that was verified, or its address.
         faults: Everything that is wrong; none if it is good.
         files: Number of files that were checked.
         quantized: Number of quantized weights that were checked.
@@ -59,7 +63,7 @@ class Verification:
         warnings: What is as ``quantize`` makes it, and should be known.
     """
 
-    folder: Path
+    folder: Path | str
     faults: tuple[Fault, ...]
     files: int
     quantized: int
@@ -72,14 +76,16 @@ def verify_checkpoint(
     against: str | os.PathLike[str] | None = None,
     *,
     workers: int | None = None,
+    spool: Path | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Check a folder that ``quantize`` finished.
 
     Args:
-        folder: The folder.
+        folder: The folder, or an address; see :func:`~nxdi_expertscale.sources.locate.open_source`.
         against: The checkpoint that it was made from, to compare every value with.
         workers: Threads; by default as many as there are cores for this process.
+        spool: Folder for what is read of a checkpoint that is not on this host.
         progress: Called with the bytes that are done, and all of them.
 
     Returns:
@@ -93,27 +99,38 @@ def verify_checkpoint(
         >>> verify_checkpoint("Qwen3-30B-A3B-FP8", "Qwen3-30B-A3B").faults
         ()
     """
-    path = Path(folder).absolute()
-    manifest = read_manifest(path)
-    cores = workers or available_cores()
+    if not is_remote(folder):
+        check_is_folder(folder)
+    with ExitStack() as opened:
+        place = opened.enter_context(open_source(folder, spool=spool))
+        source = None
+        if against is not None:
+            source = opened.enter_context(open_source(against, spool=spool))
+        return _verify(place, source, workers or available_cores(), progress)
+
+
+def _verify(
+    folder: Source, against: Source | None, workers: int, progress: Progress | None
+) -> Verification:
+    manifest = manifest_of(folder)
     records = (*manifest.shards, *manifest.files)
-    faults = _check_files(open_folder(path), manifest, cores)
+    faults = _check_files(folder, manifest, workers)
     try:
-        model = open_model(path)
+        model = open_model(folder)
     except CheckpointError as error:
-        faults.append(Fault(str(path), str(error)))
-        return Verification(path, tuple(faults), len(records), 0, (), ())
+        faults.append(Fault(str(folder.path), str(error)))
+        return Verification(folder.path, tuple(faults), len(records), 0, (), ())
     source = None if against is None else open_model(against, keep_mtp=model.has_mtp)
     faults += [Fault(MANIFEST, what) for what in find_manifest_faults(manifest, model)]
     faults += _check_treatments(model, manifest.modules_to_not_convert)
     if source is None:
-        found = _check_values(model, cores, progress)
+        found = _check_values(model, workers, progress)
     else:
         faults += _check_source(manifest, model, source)
-        found = _compare(model, source, cores, progress)
+        found = _compare(model, source, workers, progress)
     quantized = sum(weight.scale is not None for weight in model.weights)
     return Verification(
-        folder=path,
+        folder=folder.path,
         faults=(*faults, *found.faults),
         files=len(records),
         quantized=quantized,
@@ -131,10 +148,10 @@ class _Values:
     layers: tuple[LayerError, ...] = ()
 
 
-def _check_files(folder: Folder, manifest: Manifest, workers: int) -> list[Fault]:
+def _check_files(folder: Source, manifest: Manifest, workers: int) -> list[Fault]:
     """Check that files have the content that was written, and that nothing is loaded instead."""
     records = (*manifest.shards, *manifest.files)
-    changed = find_changed_files(folder, records, digest_file, workers)
+    changed = find_changed_files(folder, records, partial(digest_source_file, folder), workers)
     stray = find_stray_weights(folder.names(), manifest)
     return [
         *(Fault(name, what) for name, what in changed.items()),

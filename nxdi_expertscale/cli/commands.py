@@ -65,6 +65,19 @@ class _Path(click.Path):
 PATH = _Path()
 
 
+class _Place(_Path):
+    """A folder, a model of the Hub, or a prefix in S3; it stays the text that was typed."""
+
+    name = "place"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        super().convert(value, param, ctx)
+        return str(value)
+
+
+PLACE = _Place()
+
+
 def _show_help(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
         print_report(context.get_help())
@@ -170,6 +183,16 @@ def json_option(function: _Function) -> _Function:
     )
 
 
+def spool_option(function: _Function) -> _Function:
+    """Add ``--spool``."""
+    return click.option(
+        "--spool",
+        metavar="FOLDER",
+        type=PATH,
+        help="Where up to 2.15 GB of a checkpoint lie that is read from the Hub or from S3.",
+    )(function)
+
+
 def plot_option(function: _Function) -> _Function:
     """Add ``--plot``."""
     return click.option(
@@ -180,9 +203,25 @@ def plot_option(function: _Function) -> _Function:
     )(function)
 
 
+def _announce_spool(spool: Path | None, *places: str | None) -> None:
+    """Say before the start what of a disk is taken for checkpoints that are not on this host."""
+    import tempfile
+
+    from nxdi_expertscale.sources.locate import is_remote
+    from nxdi_expertscale.sources.spool import SPOOL_BYTES
+
+    for place in places:
+        if place is not None and is_remote(place):
+            folder = tempfile.gettempdir() if spool is None else spool
+            print_message(
+                f"{place}: is read through {folder}, of which it takes up to "
+                f"{SPOOL_BYTES / 1e9:.2f} GB at a time (--spool names another folder)"
+            )
+
+
 @cli.command()
-@click.argument("src", type=PATH)
-@click.argument("dst", type=PATH)
+@click.argument("src", type=PLACE)
+@click.argument("dst", type=PLACE)
 @click.option(
     "--modules-to-not-convert",
     "exclusions",
@@ -203,28 +242,34 @@ def plot_option(function: _Function) -> _Function:
     is_flag=True,
     help="Only show what would be made, and what it takes; no weight is read.",
 )
+@spool_option
 @json_option
 def quantize(
     *,
-    src: Path,
-    dst: Path,
+    src: str,
+    dst: str,
     exclusions: tuple[str, ...],
     workers: int | None,
     overwrite: bool,
     keep_mtp: bool,
     is_dry_run: bool,
+    spool: Path | None,
     as_json: bool,
 ) -> ExitStatus:
     """Make the FP8 checkpoint DST from the checkpoint SRC.
 
-    SRC is a folder with config.json and safetensors files. A run that was cut off is continued
-    by the same command. With --dry-run the status is 1 if the disk has too little room.
+    SRC is a folder with config.json and safetensors files, ORG/NAME or ORG/NAME@REVISION of the
+    Hugging Face Hub where there is no such folder, or s3://BUCKET/PREFIX. A run that was cut off
+    is continued by the same command. With --dry-run the status is 1 if the disk has too little
+    room.
     """
-    from nxdi_expertscale.checkpoint import quantize_checkpoint, run_dry
+    from nxdi_expertscale.checkpoint import quantize_checkpoint
     from nxdi_expertscale.cli import tables
     from nxdi_expertscale.cli.progress import progress_bar
 
     if is_dry_run:
+        from nxdi_expertscale.checkpoint import run_dry
+
         found = run_dry(
             src,
             dst,
@@ -232,10 +277,12 @@ def quantize(
             workers=workers,
             overwrite=overwrite,
             keep_mtp=keep_mtp,
+            spool=spool,
         )
         print_report(to_json(found) if as_json else tables.dry_run_summary(found))
         return ExitStatus.GOOD if found.fits else ExitStatus.ANSWER_IS_NO
     click.get_current_context().ensure_object(Invocation).can_go_on = True
+    _announce_spool(spool, src)
     with progress_bar("quantizing") as progress:
         result = quantize_checkpoint(
             src,
@@ -244,6 +291,7 @@ def quantize(
             workers=workers,
             overwrite=overwrite,
             keep_mtp=keep_mtp,
+            spool=spool,
             progress=progress,
         )
     if result.code_left_out:
@@ -285,11 +333,14 @@ def doctor(*, model: Path | None, as_json: bool) -> ExitStatus:
 
 
 @cli.command()
-@click.argument("dst", type=PATH)
-@click.option("--against", metavar="SRC", type=PATH, help="The checkpoint that DST was made from.")
+@click.argument("dst", type=PLACE)
+@click.option("--against", metavar="SRC", type=PLACE, help="The checkpoint that DST was made from.")
 @workers_option
+@spool_option
 @json_option
-def verify(*, dst: Path, against: Path | None, workers: int | None, as_json: bool) -> ExitStatus:
+def verify(
+    *, dst: str, against: str | None, workers: int | None, spool: Path | None, as_json: bool
+) -> ExitStatus:
     """Check that the finished checkpoint DST is good.
 
     Checked are files, names, shapes, the range of the weights, and the scales; with --against,
@@ -299,18 +350,27 @@ def verify(*, dst: Path, against: Path | None, workers: int | None, as_json: boo
     from nxdi_expertscale.cli import tables
     from nxdi_expertscale.cli.progress import progress_bar
 
+    _announce_spool(spool, dst, against)
     with progress_bar("verifying") as progress:
-        result = verify_checkpoint(dst, against, workers=workers, progress=progress)
+        result = verify_checkpoint(dst, against, workers=workers, spool=spool, progress=progress)
     print_report(to_json(result) if as_json else tables.verification_summary(result))
     return ExitStatus.ANSWER_IS_NO if result.faults else ExitStatus.GOOD
 
 
 @cli.command()
-@click.argument("checkpoint", type=PATH)
+@click.argument("checkpoint", type=PLACE)
 @plot_option
 @workers_option
+@spool_option
 @json_option
-def inspect(*, checkpoint: Path, plot: Path | None, workers: int | None, as_json: bool) -> None:
+def inspect(
+    *,
+    checkpoint: str,
+    plot: Path | None,
+    workers: int | None,
+    spool: Path | None,
+    as_json: bool,
+) -> None:
     """Show what CHECKPOINT is, quantized or not.
 
     Shown is also how far the scales of its experts lie apart, and the error that one scale for
@@ -322,8 +382,9 @@ def inspect(*, checkpoint: Path, plot: Path | None, workers: int | None, as_json
 
     if plot is not None:
         plots.check_file(plot)
+    _announce_spool(spool, checkpoint)
     with progress_bar("reading") as progress:
-        result = inspect_checkpoint(checkpoint, workers=workers, progress=progress)
+        result = inspect_checkpoint(checkpoint, workers=workers, spool=spool, progress=progress)
     print_report(to_json(result) if as_json else tables.inspection_summary(result))
     if plot is not None:
         plots.draw_heat_map(result, plot)
@@ -433,8 +494,8 @@ def card(*, dst: Path, base_model: str, against: Path | None, workers: int | Non
 
 
 @cli.command()
-@click.argument("src", type=PATH)
-@click.argument("dst", type=PATH)
+@click.argument("src", type=PLACE)
+@click.argument("dst", type=PLACE)
 @click.option(
     "--text", metavar="FILE", type=PATH, help="A text in UTF-8; by default Python's documentation."
 )
@@ -447,9 +508,17 @@ def card(*, dst: Path, base_model: str, against: Path | None, workers: int | Non
     help="How many tokens of the text to predict.",
 )
 @plot_option
+@spool_option
 @json_option
 def evaluate(
-    *, src: Path, dst: Path, text: Path | None, tokens: int, plot: Path | None, as_json: bool
+    *,
+    src: str,
+    dst: str,
+    text: Path | None,
+    tokens: int,
+    plot: Path | None,
+    spool: Path | None,
+    as_json: bool,
 ) -> None:
     """Measure the FP8 checkpoint DST against its original SRC.
 
@@ -462,8 +531,11 @@ def evaluate(
 
     if plot is not None:
         plots.check_file(plot)
+    _announce_spool(spool, src, dst)
     with progress_bar("evaluating", STEPS) as progress:
-        result = evaluate_checkpoint(src, dst, text=text, tokens=tokens, progress=progress)
+        result = evaluate_checkpoint(
+            src, dst, text=text, tokens=tokens, spool=spool, progress=progress
+        )
     print_report(to_json(result) if as_json else tables.evaluation_table(result))
     if plot is not None:
         plots.draw_evaluation(result, plot)

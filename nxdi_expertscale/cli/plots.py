@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from nxdi_expertscale.cli import tables
@@ -99,7 +99,7 @@ def draw_heat_map(result: Inspection, file: Path) -> None:
     bars.barh(range(len(names)), [layer.shared_scale_error for layer in result.layers], color="0.4")
     bars.set(xlabel="error of the weights", title="with one shared scale", xlim=(0, None))
     bars.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    _set_title(figure, f"{result.folder.name}: how far the experts' scales lie apart")
+    _set_title(figure, f"{PurePath(result.folder).name}: how far the experts' scales lie apart")
     figure.savefig(file, dpi=150)
 
 
@@ -164,7 +164,7 @@ def draw_evaluation(result: Evaluation, file: Path) -> None:
     perplexities.bar_label(bars, fmt="{:.4g}")
     perplexities.set(title="perplexity (lower is better)")
     perplexities.margins(y=0.1)
-    _set_title(figure, f"{result.destination.name}, {result.tokens} tokens of text")
+    _set_title(figure, f"{PurePath(result.destination).name}, {result.tokens} tokens of text")
     figure.savefig(file, dpi=150)
 
 

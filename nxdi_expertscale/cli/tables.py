@@ -56,6 +56,7 @@ def dry_run_summary(found: DryRun) -> str:
     scheme = f", {found.scheme}" if found.scheme else ""
     rows = {
         "source": found.source,
+        **({"pinned to": found.origin} if found.origin else {}),
         "model": f"{found.model_type}, family {found.family}{scheme}",
         "before": filesize.decimal(found.source_bytes),
         "after": f"{filesize.decimal(found.output_bytes)} in {counted(found.shards, 'file')}",
@@ -67,6 +68,8 @@ def dry_run_summary(found: DryRun) -> str:
         rows["code, not copied"] = listed(found.code_left_out)
     needed, free = map(filesize.decimal, (found.disk_bytes, found.disk_free_bytes))
     rows["disk"] = f"{needed} needed, {free} free{'' if found.fits else ': too little'}"
+    if found.spool_bytes:
+        rows["spool"] = f"{filesize.decimal(found.spool_bytes)} while it runs (--spool)"
     rows["memory"] = filesize.decimal(found.memory_bytes)
     rate = filesize.decimal(int(found.bytes_per_second))
     rows["time"] = (

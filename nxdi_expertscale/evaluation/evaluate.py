@@ -28,6 +28,8 @@ from nxdi_expertscale.evaluation.architecture import (
 from nxdi_expertscale.evaluation.comparison import Metrics, compare
 from nxdi_expertscale.evaluation.stored_weights import StoredWeights, with_averaged_scales
 from nxdi_expertscale.evaluation.text import python_documentation, read_text, tokenize
+from nxdi_expertscale.sources.locate import open_source
+from nxdi_expertscale.sources.source import Source
 
 TOKENS = 2048
 """How many tokens of a text are predicted unless another number is asked for."""
@@ -40,8 +42,8 @@ class Evaluation:
     """An original, its quantized checkpoint, and what averaged scales would make of that.
 
     Attributes:
-        source: Folder of the original.
-        destination: Folder of the quantized checkpoint.
+        source: Folder of the original, or its address.
+        destination: Folder of the quantized checkpoint, or its address.
         text: What they were measured on.
         tokens: How many tokens were predicted.
         sequence: Length of the sequences they were predicted in.
@@ -51,8 +53,8 @@ class Evaluation:
         seconds: How long it took.
     """
 
-    source: Path
-    destination: Path
+    source: Path | str
+    destination: Path | str
     text: str
     tokens: int
     sequence: int
@@ -68,6 +70,7 @@ def evaluate_checkpoint(
     *,
     text: str | os.PathLike[str] | None = None,
     tokens: int = TOKENS,
+    spool: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure what quantization changed.
@@ -77,6 +80,7 @@ def evaluate_checkpoint(
         dst: Folder of the quantized checkpoint that was made from it.
         text: A file in UTF-8; Python's own documentation if none is given.
         tokens: How many tokens of it to predict at most.
+        spool: Folder for what is read of a checkpoint that is not on this host.
         progress: Called with the layers that are done, and all of them, over all three models.
 
     Raises:
@@ -88,6 +92,17 @@ def evaluate_checkpoint(
         >>> found = evaluate_checkpoint("Qwen3-30B-A3B", "Qwen3-30B-A3B-FP8")
         >>> found.expert_wise.kl_divergence, found.averaged.kl_divergence
     """
+    with open_source(src, spool=spool) as original, open_source(dst, spool=spool) as made:
+        return _evaluate(original, made, text, tokens, progress)
+
+
+def _evaluate(
+    src: Source,
+    dst: Source,
+    text: str | os.PathLike[str] | None,
+    tokens: int,
+    progress: Progress | None,
+) -> Evaluation:
     started = time.perf_counter()
     source, quantized = open_model(src), open_model(dst)
     architecture = _shared_architecture(source, quantized)

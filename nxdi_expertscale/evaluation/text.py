@@ -10,7 +10,7 @@ import torch
 from nxdi_expertscale.checkpoint.read.auxiliary import read_auxiliary_file
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 from nxdi_expertscale.evaluation.tokenizer import encode
-from nxdi_expertscale.sources.folder import Folder
+from nxdi_expertscale.sources.source import Source
 
 TOKENIZER = "tokenizer.json"
 
@@ -59,7 +59,7 @@ def python_documentation(tokens: int) -> str:
     return text[: tokens * _CHARACTERS_PER_TOKEN]
 
 
-def tokenize(text: str, folder: Folder, vocab_size: int, tokens: int) -> torch.Tensor:
+def tokenize(text: str, folder: Source, vocab_size: int, tokens: int) -> torch.Tensor:
     """A text in the tokens of a checkpoint.
 
     Args:

@@ -25,9 +25,13 @@ class Folder:
 
     Attributes:
         path: The folder, absolute and without symbolic links; see :func:`open_folder`.
+        origin: What it is a copy of, pinned to a revision; None where nothing says so.
+        parallel_reads: A disk answers small reads one after the other.
     """
 
     path: Path
+    origin: str | None = None
+    parallel_reads: int = 1
 
     def location(self, name: str) -> str:
         """What messages call a file of this folder."""
@@ -132,16 +136,30 @@ class Folder:
             file.seek(offset)
             return file.read(length)
 
-    def open(self, names: Iterable[str]) -> OpenFiles:
+    def open(self, names: Iterable[str]) -> OpenFolderFiles:
         """Open files to read from them many times, in several threads.
 
         Raises:
             CheckpointError: One is missing, or does not belong to the folder.
         """
-        return OpenFiles(self, names)
+        return OpenFolderFiles(self, names)
+
+    def close(self) -> None:
+        """A folder holds nothing open."""
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
-class OpenFiles:
+class OpenFolderFiles:
     """Files of a folder that stay open until they are closed. Safe to use from several threads."""
 
     def __init__(self, folder: Folder, names: Iterable[str]) -> None:
@@ -186,7 +204,7 @@ class OpenFiles:
         self._opened.close()
         self._descriptors.clear()
 
-    def __enter__(self) -> OpenFiles:
+    def __enter__(self) -> OpenFolderFiles:
         return self
 
     def __exit__(

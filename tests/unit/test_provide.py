@@ -11,8 +11,8 @@ import pytest
 from nxdi_expertscale import CheckpointError, ConfigurationError, quantize_checkpoint
 from nxdi_expertscale.checkpoint import provide
 from nxdi_expertscale.checkpoint.finished import checked_tensors, tensor_names
+from nxdi_expertscale.checkpoint.write.folder_staging import FolderStaging
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
-from nxdi_expertscale.checkpoint.write.staging import Staging
 from nxdi_expertscale.families.built_in import QWEN3_MOE
 from tests.harness import checkpoints
 from tests.harness.limits import PATIENCE
@@ -68,7 +68,7 @@ def test_a_folder_that_another_process_makes_is_waited_for(
     notice = Notice()
     logging.getLogger("nxdi_expertscale").addHandler(notice)
     try:
-        with Staging(folder):
+        with FolderStaging(folder):
             second.start()
             assert waiting.wait(PATIENCE)
             assert not (folder / MANIFEST).exists()

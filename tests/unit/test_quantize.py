@@ -13,9 +13,10 @@ import torch
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint
 from nxdi_expertscale.checkpoint.read import chunks
+from nxdi_expertscale.checkpoint.write.folder_staging import FolderStaging
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
 from nxdi_expertscale.checkpoint.write.pinned_folder import PinnedFolder
-from nxdi_expertscale.checkpoint.write.staging import WORK, Staging
+from nxdi_expertscale.checkpoint.write.staging import WORK
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 from nxdi_expertscale.numerics import fp8
 from tests.harness import checkpoints
@@ -412,7 +413,7 @@ class TestDestination:
 
     def test_a_second_run_says_that_it_is_the_second(self, src: Path, tmp_path: Path) -> None:
         with (
-            Staging(tmp_path / "dst"),
+            FolderStaging(tmp_path / "dst"),
             pytest.raises(CheckpointError, match="another run is writing to it"),
         ):
             quantize_checkpoint(src, tmp_path / "dst")

@@ -222,11 +222,11 @@ def test_process_that_comes_second_waits_and_uses_the_folder(
     tmp_path: Path,
     info: pytest.LogCaptureFixture,
 ) -> None:
-    from nxdi_expertscale.checkpoint.write.staging import Staging
+    from nxdi_expertscale.checkpoint.write.folder_staging import FolderStaging
 
     folder = tmp_path / "fp8"
     second = threading.Thread(target=save, args=(nxdi, moe, folder))
-    with Staging(folder):
+    with FolderStaging(folder):
         second.start()
         while not any("waiting" in line for line in info.messages):
             assert second.is_alive()

@@ -15,7 +15,7 @@ from typing import Any
 
 from nxdi_expertscale.checkpoint.json_files import parse_any_json
 from nxdi_expertscale.checkpoint.read.files import CONFIG, INDEX
-from nxdi_expertscale.sources.folder import Folder
+from nxdi_expertscale.sources.source import Source
 
 MAX_AUXILIARY_BYTES = 256 << 20
 """Longer than any tokenizer."""
@@ -56,7 +56,7 @@ class AuxiliaryFiles:
     code: tuple[str, ...]
 
 
-def find_auxiliary_files(folder: Folder, leave_out: Iterable[str] = ()) -> AuxiliaryFiles:
+def find_auxiliary_files(folder: Source, leave_out: Iterable[str] = ()) -> AuxiliaryFiles:
     """Find the files beside the weights, and check that they are what they are named as.
 
     Args:
@@ -87,7 +87,7 @@ def find_auxiliary_files(folder: Folder, leave_out: Iterable[str] = ()) -> Auxil
     return AuxiliaryFiles(tuple(names), tuple(code))
 
 
-def read_auxiliary_file(folder: Folder, name: str) -> bytes:
+def read_auxiliary_file(folder: Source, name: str) -> bytes:
     """Read a file beside the weights as it is copied: without ``auto_map``, if it is JSON.
 
     Raises:
@@ -152,11 +152,11 @@ def _is_data(name: str, content: bytes) -> bool:
     return True
 
 
-def _parse(folder: Folder, name: str, content: bytes) -> Any:
+def _parse(folder: Source, name: str, content: bytes) -> Any:
     return parse_any_json(content, folder.location(name))
 
 
-def _read(folder: Folder, name: str) -> bytes:
+def _read(folder: Source, name: str) -> bytes:
     return folder.read(name, limit=MAX_AUXILIARY_BYTES)
 
 

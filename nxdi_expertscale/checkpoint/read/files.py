@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from nxdi_expertscale.checkpoint.json_files import read_json
 from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor, read_header
 from nxdi_expertscale.errors import CheckpointError, damaged
-from nxdi_expertscale.sources.folder import Folder
+from nxdi_expertscale.sources.source import Source
 
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -28,7 +30,7 @@ class WeightFiles:
         headers: The header of each file, as it stands there, by the file's name.
     """
 
-    folder: Folder
+    folder: Source
     tensors: Mapping[str, StoredTensor]
     headers: Mapping[str, bytes]
 
@@ -42,7 +44,7 @@ class WeightFiles:
         return f"{self.folder.location(tensor.file)}: {tensor.name}"
 
 
-def read_weight_files(folder: Folder) -> WeightFiles:
+def read_weight_files(folder: Source) -> WeightFiles:
     """Read and check the header of each file of weights. Only safetensors is read.
 
     Raises:
@@ -52,8 +54,8 @@ def read_weight_files(folder: Folder) -> WeightFiles:
     names, index = _find_weight_files(folder)
     tensors: dict[str, StoredTensor] = {}
     headers: dict[str, bytes] = {}
-    for name in names:
-        found, headers[name] = read_header(folder, name)
+    for name, (found, header) in _read_headers(folder, names):
+        headers[name] = header
         if sum(map(len, headers.values())) > MAX_HEADERS_BYTES:
             raise damaged(
                 folder.path,
@@ -74,7 +76,18 @@ def read_weight_files(folder: Folder) -> WeightFiles:
     return WeightFiles(folder, tensors, headers)
 
 
-def _find_weight_files(folder: Folder) -> tuple[list[str], Mapping[str, str] | None]:
+def _read_headers(
+    folder: Source, names: Sequence[str]
+) -> Iterator[tuple[str, tuple[list[StoredTensor], bytes]]]:
+    """The header of each file, in order; from far away some are read at a time."""
+    step = folder.parallel_reads
+    with ThreadPoolExecutor(step) as pool:
+        for start in range(0, len(names), step):
+            some = names[start : start + step]
+            yield from zip(some, pool.map(partial(read_header, folder), some), strict=True)
+
+
+def _find_weight_files(folder: Source) -> tuple[list[str], Mapping[str, str] | None]:
     """The names of the files of weights, and the index where there is one."""
     # The order in which NxDI and transformers look.
     if folder.has(SINGLE_FILE):
@@ -93,7 +106,7 @@ def _find_weight_files(folder: Folder) -> tuple[list[str], Mapping[str, str] | N
 
 
 def _check_index(
-    folder: Folder, index: Mapping[str, str], tensors: Mapping[str, StoredTensor]
+    folder: Source, index: Mapping[str, str], tensors: Mapping[str, StoredTensor]
 ) -> None:
     for name, file in index.items():
         if name not in tensors or tensors[name].file != file:

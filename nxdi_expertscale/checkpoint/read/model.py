@@ -17,7 +17,8 @@ from nxdi_expertscale.checkpoint.read.tensors import Weight, read_weights
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.lookup import require_family
 from nxdi_expertscale.plugins.registry import families_in_force
-from nxdi_expertscale.sources.folder import Folder, open_folder
+from nxdi_expertscale.sources.folder import open_folder
+from nxdi_expertscale.sources.source import Source
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Model:
     mtp_left_out: int
 
     @property
-    def folder(self) -> Folder:
-        """The folder that it lies in."""
+    def folder(self) -> Source:
+        """The folder that it lies in, on this host or another."""
         return self.files.folder
 
     @property
@@ -52,11 +53,12 @@ class Model:
         return any(weight.is_mtp for weight in self.weights)
 
 
-def open_model(path: str | os.PathLike[str], *, keep_mtp: bool = True) -> Model:
+def open_model(place: Source | str | os.PathLike[str], *, keep_mtp: bool = True) -> Model:
     """Open a checkpoint and check all that can be checked without reading a weight.
 
     Args:
-        path: A folder with ``config.json`` and safetensors files, in the layout of Hugging Face.
+        place: A folder with ``config.json`` and safetensors files, in the layout of Hugging Face,
+            by its path, or by its source, which has to stay open as long as values are read.
             Experts may be stored one by one, or as one tensor for all of a layer.
         keep_mtp: Whether tensors that predict further tokens are seen, which are not the model's.
 
@@ -65,7 +67,7 @@ def open_model(path: str | os.PathLike[str], *, keep_mtp: bool = True) -> Model:
             missing, truncated or garbage; a tensor is missing, or has a dtype, a shape or scales
             that it should not have.
     """
-    folder = open_folder(path)
+    folder = open_folder(place) if isinstance(place, (str, os.PathLike)) else place
     where = folder.location(CONFIG)
     raw = read_json(folder, CONFIG)
     family = require_family(raw.get("model_type"), families_in_force(), where)

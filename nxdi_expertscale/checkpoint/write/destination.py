@@ -1,4 +1,4 @@
-"""The folder that a run writes to: whether it may, whether it fits, and what its disk says."""
+"""What a run writes to: whether it may, whether it fits, and what its disk says."""
 
 from __future__ import annotations
 
@@ -8,12 +8,76 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from nxdi_expertscale.checkpoint.read.model import Model
+from nxdi_expertscale.checkpoint.write.folder_staging import FolderStaging, is_complete
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, read_manifest
-from nxdi_expertscale.checkpoint.write.staging import WORK, is_complete
+from nxdi_expertscale.checkpoint.write.staging import WORK, Staging
 from nxdi_expertscale.checkpoint.write.stray_weights import find_stray_weights
 from nxdi_expertscale.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Room on the disk of a destination, in bytes.
+
+    Attributes:
+        needed: What is still to be written.
+        free: What is free.
+    """
+
+    needed: int
+    free: int
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there is room for all of it."""
+        return self.needed <= self.free
+
+
+class Destination(Protocol):
+    """What a checkpoint is written to: a folder, or a prefix in S3."""
+
+    @property
+    def path(self) -> Path | str:
+        """Where it is, as people name it."""
+
+    def check(self, source: Model, *, overwrite: bool) -> None:
+        """Check that it may be written to.
+
+        Args:
+            source: What is read.
+            overwrite: Whether a finished checkpoint of ours may be replaced.
+
+        Raises:
+            CheckpointError: It is the source, or has something in it that may not be replaced.
+        """
+
+    def space(self, nbytes: int) -> Space:
+        """What it takes of a disk of this host to write some bytes of weights, and what is free."""
+
+    def staging(self) -> Staging:
+        """Its hidden folder."""
+
+
+@dataclass(frozen=True)
+class FolderDestination:
+    """A folder of this host as a :class:`Destination`."""
+
+    path: Path
+
+    def check(self, source: Model, *, overwrite: bool) -> None:
+        """Check that it may be written to; see :func:`check_destination`."""
+        check_destination(source, self.path, overwrite=overwrite)
+
+    def space(self, nbytes: int) -> Space:
+        """What its disk has to hold; see :func:`find_space`."""
+        return find_space(nbytes, self.path)
+
+    def staging(self) -> Staging:
+        """Its hidden folder."""
+        return FolderStaging(self.path)
 
 
 def check_destination(source: Model, destination: Path, *, overwrite: bool) -> None:
@@ -27,7 +91,8 @@ def check_destination(source: Model, destination: Path, *, overwrite: bool) -> N
     Raises:
         CheckpointError: It is the source, or has something in it that may not be replaced.
     """
-    _check_apart(source.folder.path, destination)
+    if isinstance(source.folder.path, Path):
+        _check_apart(source.folder.path, destination)
     if not destination.exists():
         return
     if not destination.is_dir():
@@ -71,24 +136,6 @@ def _check_no_stray_weights(destination: Path) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Space:
-    """Room on the disk of a destination, in bytes.
-
-    Attributes:
-        needed: What is still to be written.
-        free: What is free.
-    """
-
-    needed: int
-    free: int
-
-    @property
-    def is_enough(self) -> bool:
-        """Whether there is room for all of it."""
-        return self.needed <= self.free
-
-
 def find_space(nbytes: int, destination: Path) -> Space:
     """Compare the weights that a destination will hold with the room on its disk.
 
@@ -106,22 +153,22 @@ def find_space(nbytes: int, destination: Path) -> Space:
     return Space(max(0, nbytes - written), shutil.disk_usage(folder).free)
 
 
-def check_space(nbytes: int, destination: Path) -> None:
-    """Check that the disk of a destination has room for some bytes of weights.
+def check_space(nbytes: int, destination: Destination) -> None:
+    """Check that there is room for some bytes of weights.
 
     Raises:
-        CheckpointError: It has not.
+        CheckpointError: There is not.
     """
-    space = find_space(nbytes, destination)
+    space = destination.space(nbytes)
     if not space.is_enough:
         raise CheckpointError(
-            f"{destination}: needs {space.needed / 1e9:.2f} GB and {space.free / 1e9:.2f} GB "
+            f"{destination.path}: needs {space.needed / 1e9:.2f} GB and {space.free / 1e9:.2f} GB "
             "are free; free some space or name a folder on another disk"
         )
 
 
 @contextmanager
-def translate_disk_errors(destination: Path) -> Iterator[None]:
+def translate_disk_errors(destination: Path | str) -> Iterator[None]:
     """Translate the errors of a full or failing disk into CheckpointError.
 
     Raises:

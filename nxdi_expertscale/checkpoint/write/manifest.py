@@ -21,6 +21,7 @@ from nxdi_expertscale.checkpoint.json_files import (
 from nxdi_expertscale.checkpoint.read.files import CONFIG
 from nxdi_expertscale.errors import CheckpointError, one_line
 from nxdi_expertscale.sources.folder import is_file_name, open_folder
+from nxdi_expertscale.sources.source import Source
 
 MANIFEST = "nxdi_expertscale.json"
 FORMAT = 1
@@ -65,6 +66,8 @@ class Manifest:
         model_type: The model's type.
         modules_to_not_convert: Modules that were left in full precision.
         source: The files that it was made from.
+        origin: What these are of, pinned to a revision: ``hf://org/name@commit`` or an address in
+            S3; None for a folder.
         tensors: How many tensors there are of each kind.
         below_floor: Weights with channels that the floor of the scale loses.
         shards: The files of weights.
@@ -79,6 +82,7 @@ class Manifest:
     below_floor: tuple[str, ...]
     shards: tuple[FileRecord, ...]
     files: tuple[FileRecord, ...]
+    origin: str | None = None
 
     @property
     def digest(self) -> str:
@@ -97,29 +101,52 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     Raises:
         CheckpointError: The folder has none, or one that this version cannot read.
     """
+    check_is_folder(folder)
+    return manifest_of(open_folder(folder))
+
+
+def check_is_folder(folder: str | os.PathLike[str]) -> None:
+    """Check that a path can be that of a finished folder.
+
+    Raises:
+        CheckpointError: There is no folder.
+    """
     path = Path(folder)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such folder")
-    if not (path / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{path}: was not made by nxdi-expertscale quantize, or is not finished: it has no "
-            f"{MANIFEST}; {_what_to_do_with(path)}"
-        )
-    return parse_manifest(open_folder(path).read(MANIFEST, limit=MAX_JSON_BYTES), path / MANIFEST)
-
-
-def _what_to_do_with(path: Path) -> str:
     if not path.is_dir():
-        return "it is a file; name the folder that quantize made"
-    if (path / CONFIG).is_file():
-        return (
+        raise _unfinished(path, "it is a file; name the folder that quantize made")
+
+
+def manifest_of(folder: Source) -> Manifest:
+    """The manifest of a folder that is open.
+
+    Raises:
+        CheckpointError: The folder has none, or one that this version cannot read.
+    """
+    if folder.has(MANIFEST):
+        content = folder.read(MANIFEST, limit=MAX_JSON_BYTES)
+        return parse_manifest(content, folder.location(MANIFEST))
+    if folder.has(CONFIG):
+        raise _unfinished(
+            folder.path,
             "it has a config.json, as an original and another tool's folder have; run quantize "
-            "with it as SRC"
+            "with it as SRC",
         )
-    return "it is no checkpoint, for it has no config.json either; run quantize, also again"
+    raise _unfinished(
+        folder.path,
+        "it is no checkpoint, for it has no config.json either; run quantize, also again",
+    )
 
 
-def parse_manifest(content: bytes, where: Path) -> Manifest:
+def _unfinished(folder: Path | str, what_to_do: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: was not made by nxdi-expertscale quantize, or is not finished: it has no "
+        f"{MANIFEST}; {what_to_do}"
+    )
+
+
+def parse_manifest(content: bytes, where: Path | str) -> Manifest:
     """Parse the content of a manifest's file.
 
     Args:
@@ -145,6 +172,7 @@ def parse_manifest(content: bytes, where: Path) -> Manifest:
             below_floor=tuple(map(str, value.get("below_floor", ()))),
             shards=tuple(read_file_record(record) for record in value["shards"]),
             files=tuple(read_file_record(record) for record in value["files"]),
+            origin=_optional_text(value.get("origin")),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
@@ -176,6 +204,10 @@ def _read_source_record(value: Mapping[str, Any]) -> SourceRecord:
         _of(int, value["mtime_ns"]),
         _of(str, value["digest"]),
     )
+
+
+def _optional_text(value: Any) -> str | None:
+    return None if value is None else _of(str, value)
 
 
 def _of(kind: type[_Kind], value: Any) -> _Kind:

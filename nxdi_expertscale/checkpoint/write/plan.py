@@ -26,6 +26,12 @@ from nxdi_expertscale.families.exclusions import (
 )
 from nxdi_expertscale.families.known_modules import check_names
 
+MAX_SHARD_BYTES = 1_000_000_000
+"""Size of the files of weights. A run that is cut off loses no more than those it was at."""
+
+MAX_OPEN_SHARDS = 4
+"""Shards that are written or stored at a time; what a destination in S3 needs of a disk."""
+
 LM_HEAD = "lm_head"
 
 _HF_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

@@ -11,14 +11,13 @@ were recorded. Both folders are opened once, and reached through their descripto
 
 from __future__ import annotations
 
-import fcntl
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from io import FileIO
-from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
 from nxdi_expertscale.checkpoint.json_files import MAX_JSON_BYTES, parse_json
 from nxdi_expertscale.checkpoint.read.files import INDEX
@@ -29,11 +28,10 @@ from nxdi_expertscale.checkpoint.write.manifest import (
     parse_manifest,
     read_file_record,
 )
-from nxdi_expertscale.checkpoint.write.pinned_folder import PinnedFolder
-from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
+from nxdi_expertscale.errors import CheckpointError
 
 WORK = ".nxdi-expertscale"
-_LOCK = "lock"
+LOCK = "lock"
 _SHARD_SUFFIX = ".safetensors"
 _RECORD_SUFFIX = ".record"
 """No file that is copied from a source ends so."""
@@ -65,104 +63,73 @@ def digests_of_tensors(records: Iterable[ShardRecord]) -> dict[str, str]:
     return {name: value for record in records for name, value in record.source_digests.items()}
 
 
-def is_complete(destination: Path) -> bool:
-    """Whether all files of a destination are written, and what remains is to move some."""
-    return (destination / WORK / MANIFEST).is_file()
+class StagingFolder(Protocol):
+    """Files by name: those of a folder, or of a prefix in S3."""
+
+    def names(self) -> list[str]:
+        """The names of everything in it, sorted."""
+
+    def is_file(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+
+    def is_folder(self, name: str) -> bool:
+        """Whether there is a folder of this name."""
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+
+    def digest(self, name: str) -> str:
+        """Digest of a file's content, in hexadecimal."""
+
+    def read(self, name: str, *, limit: int) -> bytes:
+        """Read a file, not more than some bytes of it."""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file atomically."""
+
+    def move(self, name: str, folder: Any, new_name: str | None = None) -> None:
+        """Move a file to another folder of the same kind, in place of what has its name there."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+    def sync(self) -> None:
+        """Make sure that names in it are kept."""
 
 
-class Staging:
-    """The hidden folder of a destination, locked by one run at a time.
+class Staging(ABC):
+    """The hidden folder of a destination, a context while a run writes to it.
 
-    A run that fails removes what the next one cannot use: everything, if no shard was finished.
-
-    Raises:
-        CheckpointInUseError: Another run has it (on entering).
-        CheckpointError: Somebody else made it, or put links into it (on entering).
+    Attributes:
+        where: The destination, as messages name it.
     """
 
-    def __init__(self, destination: Path) -> None:
-        self._path = destination
-        self._new_folders: list[Path] = []
-        self._open = ExitStack()
-        self._destination: PinnedFolder
-        self._work: PinnedFolder
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self._destination: StagingFolder
+        self._work: StagingFolder
 
-    def __enter__(self) -> Staging:
-        candidates = (self._path, *self._path.parents)
-        self._new_folders = [folder for folder in candidates if not folder.exists()]
-        with ExitStack() as opened:
-            while True:
-                self._path.mkdir(parents=True, exist_ok=True)
-                self._destination = opened.enter_context(PinnedFolder.open(self._path))
-                self._work = opened.enter_context(self._open_work())
-                self._check_plain_files()
-                lock = opened.enter_context(self._work.lock_file(_LOCK))
-                self._lock(lock)
-                # A run that ended in this moment may have removed what was locked.
-                if self._destination.holds(WORK, self._work) and self._work.is_open_file(
-                    _LOCK, lock
-                ):
-                    break
-                opened.close()
-            self._open = opened.pop_all()
-        return self
+    @abstractmethod
+    def __enter__(self) -> Staging: ...
 
+    @abstractmethod
     def __exit__(
         self,
         kind: type[BaseException] | None,
         value: BaseException | None,
         traceback: TracebackType | None,
-    ) -> None:
-        with self._open:
-            if kind is not None and not self._work.is_file(MANIFEST):
-                self._remove_all_but_finished()
-            if self._work.names() == [_LOCK]:
-                self._work.remove(_LOCK)
-                self._destination.remove_folder(WORK)
-                self._remove_new_folders()
+    ) -> None: ...
 
-    def _open_work(self) -> PinnedFolder:
-        try:
-            return self._destination.open_folder(WORK)
-        except NotADirectoryError:
-            raise self._not_ours(self._path / WORK) from None
-
-    def _not_ours(self, path: Path) -> CheckpointError:
-        return CheckpointError(
-            f"{path}: was not made by nxdi-expertscale; remove {self._path / WORK}, or name "
-            "another folder"
-        )
-
-    def _check_plain_files(self) -> None:
-        # Nothing is written or removed through a link, in a folder that may be anyone's.
-        for name in self._work.names():
-            if not self._work.is_file(name):
-                raise self._not_ours(self._path / WORK / name)
-
-    def _lock(self, file: FileIO) -> None:
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointInUseError(
-                f"{self._path}: another run is writing to it; wait for its end, or name "
-                "another folder"
-            ) from None
-
-    def _remove_all_but_finished(self) -> None:
-        for name in self._work.names():
-            is_finished = name.endswith(_SHARD_SUFFIX) and self._work.is_file(_record_of(name))
-            if not (is_finished or name.endswith(_RECORD_SUFFIX) or name == _LOCK):
-                self._work.remove(name)
-
-    def _remove_new_folders(self) -> None:
-        for folder in self._new_folders:
-            if folder.is_symlink() or not folder.is_dir() or any(folder.iterdir()):
-                return
-            folder.rmdir()
-
+    @abstractmethod
     def create(self, name: str) -> FileIO:
         """Create a file that is written in many parts."""
-        return self._work.create(name)
+
+    @abstractmethod
+    def store(self, name: str, file: FileIO) -> None:
+        """Close a file that is written completely, and make sure that it is kept."""
+
+    def _in_work(self, name: str) -> str:
+        return f"{self.where}/{WORK}/{name}"
 
     def file_record(self, name: str) -> FileRecord:
         """The record of a file as it is on the disk now."""
@@ -232,7 +199,7 @@ class Staging:
     def _staged_manifest(self) -> Manifest | None:
         content = self._work.read(MANIFEST, limit=MAX_JSON_BYTES)
         try:
-            return parse_manifest(content, self._path / WORK / MANIFEST)
+            return parse_manifest(content, self._in_work(MANIFEST))
         except CheckpointError:
             return None
 
@@ -273,7 +240,7 @@ class Staging:
         Raises:
             CheckpointError: A file is missing, or a folder lies where a file has to be.
         """
-        where = self._path / WORK / MANIFEST
+        where = self._in_work(MANIFEST)
         manifest = parse_manifest(self._work.read(MANIFEST, limit=MAX_JSON_BYTES), where)
         records = (*manifest.shards, *manifest.files)
         names = [record.name for record in records]
@@ -283,22 +250,33 @@ class Staging:
         self._check_no_folder([*names, *replaced, INDEX, MANIFEST])
         if replaced:
             self._remove_old(name for name in replaced if name not in names)
-        for name in [*(name for name in names if name != INDEX), INDEX]:
-            if self._work.is_file(name):
-                self._work.move(name, self._destination)
+        staged = [name for name in names if self._work.is_file(name)]
+        self._move_all(name for name in staged if name != INDEX)
+        self._move_all(name for name in staged if name == INDEX)
         self._destination.sync()
         self._work.move(MANIFEST, self._destination)
         self._destination.sync()
         for name in self._work.names():
-            if name != _LOCK:
+            if name != LOCK:
                 self._work.remove(name)
+
+    def _remove_all_but_finished(self) -> None:
+        for name in self._work.names():
+            is_finished = name.endswith(_SHARD_SUFFIX) and self._work.is_file(_record_of(name))
+            if not (is_finished or name.endswith(_RECORD_SUFFIX) or name == LOCK):
+                self._work.remove(name)
+
+    def _move_all(self, names: Iterable[str]) -> None:
+        """Move files to their places, in any order."""
+        for name in names:
+            self._work.move(name, self._destination)
 
     def _check_present(self, record: FileRecord) -> None:
         for folder in (self._work, self._destination):
             if folder.is_file(record.name) and folder.size(record.name) == record.size:
                 return
         raise CheckpointError(
-            f"{self._path / WORK / record.name}: was removed or changed while the checkpoint was "
+            f"{self._in_work(record.name)}: was removed or changed while the checkpoint was "
             "written; run quantize again"
         )
 
@@ -307,14 +285,14 @@ class Staging:
         if not self._destination.is_file(MANIFEST):
             return []
         content = self._destination.read(MANIFEST, limit=MAX_JSON_BYTES)
-        old = parse_manifest(content, self._path / MANIFEST)
+        old = parse_manifest(content, f"{self.where}/{MANIFEST}")
         return [record.name for record in (*old.shards, *old.files)]
 
     def _check_no_folder(self, names: Iterable[str]) -> None:
         for name in names:
             if self._destination.is_folder(name):
                 raise CheckpointError(
-                    f"{self._path / name}: is a folder, and a file of the checkpoint has to be "
+                    f"{self.where}/{name}: is a folder, and a file of the checkpoint has to be "
                     "there; remove it and run quantize again"
                 )
 

@@ -24,7 +24,7 @@ from nxdi_expertscale.checkpoint.read.tensor_reader import TensorReader
 from nxdi_expertscale.checkpoint.read.values import ValueReader, as_bytes
 from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor
 from nxdi_expertscale.checkpoint.write.convert import RowConverter
-from nxdi_expertscale.checkpoint.write.plan import PlannedTensor, ShardPlan
+from nxdi_expertscale.checkpoint.write.plan import MAX_OPEN_SHARDS, PlannedTensor, ShardPlan
 from nxdi_expertscale.checkpoint.write.provenance import SourceFile, digest_tensor
 from nxdi_expertscale.checkpoint.write.staging import ShardRecord, Staging
 from nxdi_expertscale.version import __version__
@@ -62,6 +62,7 @@ def write_shards(
         meter.add(sum(shard.source_bytes for shard in shards if shard.name in records))
         converter = RowConverter(ValueReader(source.files, reader))
         finished: list[Future[ShardRecord]] = []
+        opened = _OpenShards()
 
         def work(item: _WorkItem) -> None:
             scale = item.planned.weight.scale
@@ -72,19 +73,33 @@ def write_shards(
             meter.add(item.chunk.nbytes)
             if item.shard.count_down():
                 # Waiting for the disk is left to a thread that does nothing else.
-                finished.append(finisher.submit(item.shard.finish))
+                finished.append(finisher.submit(finish, item.shard))
+
+        def work_or_stop(item: _WorkItem) -> None:
+            try:
+                work(item)
+            except BaseException:
+                opened.stop()
+                raise
+
+        def finish(shard: _OpenShard) -> ShardRecord:
+            try:
+                record = shard.finish()
+            except BaseException:
+                opened.stop()
+                raise
+            opened.count_down()
+            return record
 
         todo = [shard for shard in shards if shard.name not in records]
-        opened: list[_OpenShard] = []
         try:
-            for_each(work, _work_items(todo, files, staging, opened), workers)
+            for_each(work_or_stop, _work_items(todo, files, staging, opened), workers)
             for future in finished:
                 record = future.result()
                 records[record.file.name] = record
         finally:
             finisher.shutdown()
-            for open_shard in opened:
-                open_shard.close()
+            opened.close()
     return records, resumed
 
 
@@ -179,8 +194,7 @@ class _OpenShard:
 
     def finish(self) -> ShardRecord:
         """Flush the shard to the disk and record that it is complete."""
-        os.fsync(self._file.fileno())
-        self.close()
+        self._staging.store(self.plan.name, self._file)
         record = ShardRecord(
             recipe=_recipe(self.plan),
             file=self._staging.file_record(self.plan.name),
@@ -193,6 +207,47 @@ class _OpenShard:
         )
         self._staging.finish(record)
         return record
+
+
+class _OpenShards:
+    """The shards that are written: so many at a time, or they would pile up before a slow store."""
+
+    def __init__(self) -> None:
+        self._shards: list[_OpenShard] = []
+        self._unfinished = 0
+        self._is_stopped = False
+        self._changed = threading.Condition()
+
+    def wait_for_room(self) -> bool:
+        """Wait until another shard may be opened.
+
+        Returns:
+            Whether it may; otherwise something failed, and none is opened any more.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_stopped or self._unfinished < MAX_OPEN_SHARDS)
+            return not self._is_stopped
+
+    def add(self, shard: _OpenShard) -> None:
+        with self._changed:
+            self._shards.append(shard)
+            self._unfinished += 1
+
+    def count_down(self) -> None:
+        """Count a shard as finished."""
+        with self._changed:
+            self._unfinished -= 1
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Open no more shards."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        for shard in self._shards:
+            shard.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,12 +269,14 @@ def _work_items(
     todo: Iterable[ShardPlan],
     files: Mapping[str, SourceFile],
     staging: Staging,
-    opened: list[_OpenShard],
+    opened: _OpenShards,
 ) -> Iterator[_WorkItem]:
     """The chunks of all shards; a shard is opened, and noted, when its first chunk is due."""
     for plan in todo:
+        if not opened.wait_for_room():
+            return
         shard = _OpenShard(plan, _identities(plan, files), staging)
-        opened.append(shard)
+        opened.add(shard)
         for planned in plan.tensors:
             for chunk in chunks_of([planned.weight]):
                 yield _WorkItem(shard, planned, chunk)

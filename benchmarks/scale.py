@@ -1,0 +1,116 @@
+"""What quantizing the largest published models takes, on paper: one host, and how it scales.
+
+    python -m benchmarks.scale
+
+The formula is ``time = max(in / network, in / (cores x CORE), out / disk)``: reading, converting
+and writing run side by side, so the slowest of the three is the time. The rate of a core was
+measured (``benchmarks/quantize.py``: 2.5 GB in the page cache, two cores, 3.0 s for the step, with
+reading, hashing and writing in it); network and disk are round figures of such hosts, not measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks import sizes
+from nxdi_expertscale.checkpoint.parallel import MAX_WORKERS
+from nxdi_expertscale.checkpoint.read.chunks import CHUNK_ELEMENTS
+from nxdi_expertscale.sources.spool import SPOOL_BYTES
+
+GB = sizes.GB
+CORE = 2.5 * GB / 3.0 / 2
+"""Bytes of a bfloat16 source that a core reads, converts and writes in a second."""
+
+MEMORY_OF_TWO = 0.28
+"""Memory with two workers, in GB, as it was measured."""
+
+MEMORY_OF_ONE = CHUNK_ELEMENTS * (2 + 4 + 1) / GB
+"""Memory of each further worker, in GB: one chunk, as it is stored, in float32, and in FP8."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host: cores, and what its network and its disk move, in bytes a second."""
+
+    name: str
+    cores: int
+    network: float
+    disk: float
+
+
+HOSTS = (
+    Host("12 cores, 10 Gbit/s, one NVMe", 12, 1.25 * GB, 1.5 * GB),
+    Host("192 cores, 100 Gbit/s, four NVMe", 192, 12.5 * GB, 6.0 * GB),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model as it is published, and as it becomes.
+
+    Attributes:
+        name: The model.
+        read: Bytes of the source.
+        written: Bytes of the result.
+        elements: Weights, of which bfloat16 has two bytes and FP8 one.
+    """
+
+    name: str
+    read: int
+    written: int
+    elements: int
+
+
+def _of_qwen(model: sizes.Published) -> Work:
+    return Work(model.name, model.bfloat16_bytes, model.fp8_bytes, model.bfloat16_bytes // 2)
+
+
+def _of_block_fp8(name: str, parameters: float) -> Work:
+    """A model that is published in FP8, in blocks of 128 x 128 with a scale of four bytes each."""
+    elements = int(parameters)
+    scales = elements * 4 // 128**2
+    # A scale for each row of some 4,000 inputs takes a thousandth.
+    return Work(name, elements + scales, elements + elements // 1000, elements)
+
+
+MODELS = (
+    *map(_of_qwen, sizes.MODELS),
+    _of_block_fp8("DeepSeek-V3", 671e9),
+    _of_block_fp8("Kimi-K2", 1026e9),
+)
+
+
+def seconds(work: Work, host: Host) -> dict[str, float]:
+    """How long each resource needs for its part."""
+    workers = min(host.cores, MAX_WORKERS)
+    return {
+        "network": work.read / host.network,
+        "cores": 2 * work.elements / (workers * CORE),
+        "disk": work.written / host.disk,
+    }
+
+
+def render() -> str:
+    """The table, in Markdown."""
+    lines = [
+        f"| | in | out | disk, with the spool | {' | '.join(host.name for host in HOSTS)} |",
+        f"|---|---:|---:|---:|{'---:|' * len(HOSTS)}",
+    ]
+    for work in MODELS:
+        cells = [work.read, work.written, work.written + SPOOL_BYTES]
+        row = [f"{nbytes / GB:.0f} GB" for nbytes in cells]
+        for host in HOSTS:
+            needed = seconds(work, host)
+            slowest = max(needed, key=lambda name: needed[name])
+            row.append(f"{needed[slowest] / 60:.1f} min ({slowest})")
+        lines.append(f"| {work.name} | {' | '.join(row)} |")
+    memory = (
+        f"{MEMORY_OF_TWO + MEMORY_OF_ONE * (min(host.cores, MAX_WORKERS) - 2):.1f} GB"
+        for host in HOSTS
+    )
+    lines.append(f"| memory, any model | | | | {' | '.join(memory)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(render())
