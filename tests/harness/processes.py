@@ -35,7 +35,7 @@ def run_on_ranks(
             it returns has to be picklable.
         arguments: What it is called with, after the rank.
     """
-    with ProcessPoolExecutor(ranks, _context(target), initializer=target.prepare) as pool:
+    with ProcessPoolExecutor(ranks, context_of(target), initializer=target.prepare) as pool:
         calls = [
             pool.submit(_run_as_rank, rank, ranks, store, function, *arguments)
             for rank in range(ranks)
@@ -46,7 +46,7 @@ def run_on_ranks(
         return [call.result() for call in calls]
 
 
-def _context(target: targets.Target) -> BaseContext:
+def context_of(target: targets.Target) -> BaseContext:
     """Where processes come from: a fresh interpreter, or a fork of one that has the libraries.
 
     Importing them takes longer than what most tests do there; the fork is for the target of this
@@ -84,6 +84,6 @@ def run_alone(
         function: A function of a module; what it returns has to be picklable.
         arguments: What it is called with.
     """
-    with ProcessPoolExecutor(1, _context(target), initializer=target.prepare) as pool:
+    with ProcessPoolExecutor(1, context_of(target), initializer=target.prepare) as pool:
         pool.submit(prepare, folder).result(PATIENCE)
         return pool.submit(function, *arguments).result(PATIENCE)

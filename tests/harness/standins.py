@@ -111,8 +111,14 @@ class _NeuronClasses:
 
 
 def install() -> None:
-    """Make the closed packages importable; to be called before NxD or NxDI is imported."""
+    """Make the closed packages importable; to be called before NxD or NxDI is imported.
+
+    A second call in a process changes nothing.
+    """
     import torch
+
+    if any(isinstance(finder, _StandInFinder) for finder in sys.meta_path):
+        return
 
     missing = [name for name in OPTIONAL_PACKAGES if importlib.util.find_spec(name) is None]
     sys.meta_path.insert(0, _StandInFinder([*CLOSED_PACKAGES, *missing]))

@@ -48,12 +48,12 @@ class Target:
 
     def prepare(self) -> None:
         """Make it importable in this process, which can then import no other."""
-        paths = [str(path) for path in self.paths]
-        if sys.path[: len(paths)] == paths:
-            return
         os.environ["NXD_CPU_MODE"] = "1"
         standins.install()
-        sys.path[:0] = paths
+        paths = [str(path) for path in self.paths]
+        # A process that was started by one of the target has its path already.
+        if sys.path[: len(paths)] != paths:
+            sys.path[:0] = paths
 
     @contextmanager
     def on_one_rank(self) -> Iterator[ModuleType]:

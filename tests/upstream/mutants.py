@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.harness import models, targets
+from tests.harness import models, processes, targets
 from tests.harness.limits import PATIENCE
 from tests.upstream.mutations import Mutation
 
@@ -63,9 +62,8 @@ class Mutants:
         self, target: targets.Target, settings: Mapping[str, dict[str, Any]], moe: Path, work: Path
     ) -> None:
         self._target, self._settings, self._moe, self._work = target, settings, moe, work
-        self._context = multiprocessing.get_context("forkserver")
         # Torch and transformers once; NxD and NxDI are imported anew in each process.
-        self._context.set_forkserver_preload(["tests.harness.models"])
+        self._context = processes.context_of(target)
         self._runs = 0
 
     def run(

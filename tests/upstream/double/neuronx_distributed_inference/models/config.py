@@ -49,6 +49,8 @@ _DEFAULTS: dict[str, Any] = {
     "is_medusa": False,
     "tp_degree": 1,
     "pp_degree": 1,
+    "cp_degree": 1,
+    "attention_dp_degree": 1,
     "ep_degree": 1,
     "save_sharded_checkpoint": False,
     "moe_fused_nki_kernel_enabled": None,
