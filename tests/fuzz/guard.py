@@ -41,14 +41,14 @@ class _Guard:
     """Sees what the interpreter does; hooks cannot be taken off again."""
 
     def __init__(self) -> None:
-        self.output: Path | None = None
+        self.allowed: tuple[Path, ...] = ()
         self.faults: list[str] = []
         sys.addaudithook(self._hook)
         # The interpreter's own writing, when a reader imports something for the first time.
         sys.dont_write_bytecode = True
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.output is None:
+        if not self.allowed:
             return
         if event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES:
             # A bare name is one in a folder that was opened before; the event does not say which.
@@ -62,7 +62,7 @@ class _Guard:
 
     def _changes(self, event: str, path: Any, folder: int) -> None:
         # A descriptor was opened before, and seen then.
-        if isinstance(path, int) or self.output is None:
+        if isinstance(path, int):
             return
         start = Path.cwd() if folder == -1 else Path(f"/proc/self/fd/{folder}")
         named = start / os.fsdecode(path)
@@ -70,7 +70,7 @@ class _Guard:
             where = Path(os.path.realpath(named))
         else:
             where = Path(os.path.realpath(named.parent)) / named.name
-        if self.output != where and self.output not in where.parents:
+        if not any(where.is_relative_to(folder) for folder in self.allowed):
             self.faults.append(f"{event} {where}")
 
 
@@ -78,8 +78,8 @@ _GUARD = _Guard()
 
 
 @contextmanager
-def guarded(output: Path) -> Iterator[None]:
-    """Fail if anything is written outside a folder, or run, or if it takes too much."""
+def guarded(*allowed: Path) -> Iterator[None]:
+    """Fail if anything is written outside these folders, or run, or if it takes too much."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY, before[1]))
     alarm = signal.signal(signal.SIGALRM, _too_long)
@@ -87,11 +87,11 @@ def guarded(output: Path) -> Iterator[None]:
     # Where the interpreter itself is stuck no signal is handled.
     faulthandler.dump_traceback_later(4 * SECONDS, exit=True)
     _GUARD.faults.clear()
-    _GUARD.output = output.resolve()
+    _GUARD.allowed = tuple(folder.resolve() for folder in allowed)
     try:
         yield
     finally:
-        _GUARD.output = None
+        _GUARD.allowed = ()
         faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, alarm)
