@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import click
@@ -51,9 +53,11 @@ def check(
     from nxdi_expertscale.testing.check import check_family
     from nxdi_expertscale.testing.report import summary
 
-    found = check_family(
-        checkpoint, application, config_cls=config_cls, reference=reference, folder=keep
-    )
+    # NxDI and NxD print what they do, and log to stdout.
+    with redirect_stdout(sys.stderr):
+        found = check_family(
+            checkpoint, application, config_cls=config_cls, reference=reference, folder=keep
+        )
     print_report(to_json(found) if as_json else summary(found))
     return ExitStatus.GOOD if found.is_right else ExitStatus.ANSWER_IS_NO
 
