@@ -20,6 +20,15 @@ def is_in_any_package(name: str) -> bool:
     return name.startswith(ANY_PACKAGE)
 
 
+def ending_of(name: str) -> str:
+    """What the full name of a module, with a dot before it, ends with.
+
+    Args:
+        name: A patch's name of a file in whatever package.
+    """
+    return name.removeprefix("*")
+
+
 def matches_name(name: str, module: str) -> bool:
     """Whether a module's full name is the one of a patch.
 
@@ -29,7 +38,7 @@ def matches_name(name: str, module: str) -> bool:
     """
     if not is_in_any_package(name):
         return module == name
-    return f".{module}".endswith(name.removeprefix("*"))
+    return f".{module}".endswith(ending_of(name))
 
 
 def matches_module(name: str, module: ModuleType) -> bool:

@@ -20,7 +20,7 @@ from typing import cast
 
 import wrapt
 
-from nxdi_expertscale.hooking.module_names import is_in_any_package, matches_name
+from nxdi_expertscale.hooking.module_names import ending_of, is_in_any_package
 
 _logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class ImportWatcher(MetaPathFinder):
         self._on_executed = on_executed
         self._on_found = on_found
         self._names: tuple[str, ...] = ()
-        self._files: tuple[str, ...] = ()
+        self._endings: tuple[str, ...] = ()
         self._unfinished: dict[str, ModuleType] = {}
 
     def watch(self, names: Sequence[str]) -> None:
@@ -60,7 +60,7 @@ class ImportWatcher(MetaPathFinder):
                 each module of that name is reported.
         """
         self._names = tuple(name for name in names if not is_in_any_package(name))
-        self._files = tuple(filter(is_in_any_package, names))
+        self._endings = tuple(map(ending_of, filter(is_in_any_package, names)))
         self._unfinished.clear()
         if self in sys.meta_path:
             sys.meta_path.remove(self)
@@ -126,7 +126,8 @@ class ImportWatcher(MetaPathFinder):
         return name in self._names or self._is_file(name)
 
     def _is_file(self, name: str) -> bool:
-        return any(matches_name(file, name) for file in self._files)
+        # Every import asks.
+        return f".{name}".endswith(self._endings)
 
 
 # wrapt's classes take type arguments from 2.0 on only.
