@@ -205,16 +205,13 @@ def plot_option(function: _Function) -> _Function:
 
 def _announce_spool(spool: Path | None, *places: str | None) -> None:
     """Say before the start what of a disk is taken for checkpoints that are not on this host."""
-    import tempfile
-
     from nxdi_expertscale.sources.locate import is_remote
-    from nxdi_expertscale.sources.spool import SPOOL_BYTES
+    from nxdi_expertscale.sources.spool import SPOOL_BYTES, spool_folder
 
     for place in places:
         if place is not None and is_remote(place):
-            folder = tempfile.gettempdir() if spool is None else spool
             print_message(
-                f"{place}: is read through {folder}, of which it takes up to "
+                f"{place}: is read through {spool_folder(spool)}, of which it takes up to "
                 f"{SPOOL_BYTES / 1e9:.2f} GB at a time (--spool names another folder)"
             )
 

@@ -39,6 +39,11 @@ Fetch = Callable[[str, int, int], Iterator[bytes]]
 """Gives the bytes of a file from an offset on, of a length, in pieces."""
 
 
+def spool_folder(folder: Path | None) -> Path:
+    """The folder for what lies on this host meanwhile: by default that for temporary files."""
+    return Path(tempfile.gettempdir()) if folder is None else folder
+
+
 @dataclass
 class _Block:
     """A block that is in the spool, or on its way there.
@@ -68,7 +73,7 @@ class Spool:
         Raises:
             CheckpointError: The folder cannot be written, or its disk has too little space.
         """
-        self._folder = Path(tempfile.gettempdir()) if folder is None else folder
+        self._folder = spool_folder(folder)
         self._sizes = sizes
         self._fetch = fetch
         self._order = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from nxdi_expertscale.checkpoint.json_files import MAX_JSON_BYTES
@@ -16,6 +15,7 @@ from nxdi_expertscale.checkpoint.write.staging import WORK, Staging
 from nxdi_expertscale.checkpoint.write.stray_weights import find_stray_weights
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.sources.s3 import Prefix, connect, parse_prefix
+from nxdi_expertscale.sources.spool import spool_folder
 
 
 class S3Destination:
@@ -73,9 +73,8 @@ class S3Destination:
 
     def space(self, nbytes: int) -> Space:
         """What lies on this host at a time, on its way to S3."""
-        folder = tempfile.gettempdir() if self._spool is None else self._spool
         waiting = min(nbytes, MAX_OPEN_SHARDS * MAX_SHARD_BYTES)
-        return Space(waiting, shutil.disk_usage(folder).free)
+        return Space(waiting, shutil.disk_usage(spool_folder(self._spool)).free)
 
     def staging(self) -> Staging:
         """Its hidden keys."""

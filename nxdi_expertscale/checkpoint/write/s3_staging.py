@@ -23,6 +23,7 @@ from nxdi_expertscale.checkpoint import digests
 from nxdi_expertscale.checkpoint.write.staging import WORK, Staging
 from nxdi_expertscale.sources.remote import patiently
 from nxdi_expertscale.sources.s3 import Prefix, connect, parse_prefix, transfer_config, translated
+from nxdi_expertscale.sources.spool import spool_folder
 
 _DIGEST = "blake3"
 """Name of the metadata of an object that holds the digest of its content, in hexadecimal."""
@@ -186,7 +187,7 @@ class S3Staging(Staging):
         super().__init__(destination.rstrip("/"))
         self._place = parse_prefix(destination)
         self._open = ExitStack()
-        self._spool = Path(tempfile.gettempdir()) if spool is None else spool
+        self._spool = spool_folder(spool)
 
     def __enter__(self) -> S3Staging:
         client = connect(self.where)
