@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from types import TracebackType
 
 import torch
 
@@ -15,12 +14,13 @@ from nxdi_expertscale.checkpoint.read.values import ValueReader
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.evaluation.decoder import Weights
 from nxdi_expertscale.numerics import fp8, scales
+from nxdi_expertscale.sources.closing import Closing
 
 _PREFIX = "model."
 _MAKE_IT = "make the checkpoint with 'nxdi-expertscale quantize'"
 
 
-class StoredWeights:
+class StoredWeights(Closing):
     """The weights of a checkpoint, in full precision or quantized, as float32.
 
     Called with a name without Hugging Face's ``model.``, it gives the weight. Nothing is kept:
@@ -76,17 +76,6 @@ class StoredWeights:
     def close(self) -> None:
         """Close the files."""
         self._files.close()
-
-    def __enter__(self) -> StoredWeights:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def with_averaged_scales(stored: StoredWeights) -> Weights:

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from nxdi_expertscale.errors import CheckpointError, damaged, incomplete
+from nxdi_expertscale.sources.closing import Closing
 
 
 @dataclass(frozen=True)
-class Folder:
+class Folder(Closing):
     """A local folder, whose files are read by their names and never through a link out of it.
 
     A file may be a symbolic link if it leads to another file of the folder, or, in the cache of
@@ -147,19 +147,8 @@ class Folder:
     def close(self) -> None:
         """A folder holds nothing open."""
 
-    def __enter__(self) -> Folder:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class OpenFolderFiles:
+class OpenFolderFiles(Closing):
     """Files of a folder that stay open until they are closed. Safe to use from several threads."""
 
     def __init__(self, folder: Folder, names: Iterable[str]) -> None:
@@ -183,37 +172,37 @@ class OpenFolderFiles:
         Raises:
             CheckpointError: The disk fails, or the file ends before the buffer is full.
         """
-        while buffer:
-            try:
-                count = _read_at(self._descriptors[name], buffer, offset)
-            except OSError as error:
-                # The system does not name the file.
-                raise CheckpointError(
-                    f"{self._folder.location(name)}: cannot be read at byte {offset} "
-                    f"({error.strerror}); check the disk"
-                ) from error
-            if count == 0:
-                raise CheckpointError(
-                    f"{self._folder.location(name)}: was truncated while it was read"
-                )
-            buffer = buffer[count:]
-            offset += count
+        fill(buffer, self._descriptors[name], offset, self._folder.location(name))
 
     def close(self) -> None:
         """Close the files."""
         self._opened.close()
         self._descriptors.clear()
 
-    def __enter__(self) -> OpenFolderFiles:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+def fill(buffer: memoryview, descriptor: int, offset: int, where: str) -> None:
+    """Fill a buffer with the bytes of an open file.
+
+    Args:
+        buffer: Writable memory, of bytes.
+        descriptor: The file.
+        offset: Where to start, in bytes from the start of the file.
+        where: What messages call the file; the system does not name it.
+
+    Raises:
+        CheckpointError: The disk fails, or the file ends before the buffer is full.
+    """
+    while buffer:
+        try:
+            count = _read_at(descriptor, buffer, offset)
+        except OSError as error:
+            raise CheckpointError(
+                f"{where}: cannot be read at byte {offset} ({error.strerror}); check the disk"
+            ) from error
+        if count == 0:
+            raise CheckpointError(f"{where}: was truncated while it was read")
+        buffer = buffer[count:]
+        offset += count
 
 
 def _read_at(descriptor: int, buffer: memoryview, offset: int) -> int:

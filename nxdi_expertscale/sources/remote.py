@@ -14,10 +14,11 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol, TypeVar
 
 from nxdi_expertscale.errors import CheckpointError, damaged, incomplete
+from nxdi_expertscale.sources.closing import Closing
+from nxdi_expertscale.sources.folder import fill
 from nxdi_expertscale.sources.spool import BLOCK_BYTES, Spool
 
 ATTEMPTS = 8
@@ -130,7 +131,7 @@ def _pause(attempt: int, error: TransientError, where: str, stop: threading.Even
         raise CheckpointError(f"{where}: is not read any more") from error
 
 
-class Remote:
+class Remote(Closing):
     """A checkpoint behind a :class:`Transport`. A context; its files are listed once."""
 
     parallel_reads = 16
@@ -275,17 +276,6 @@ class Remote:
         """Close connections."""
         self._transport.close()
 
-    def __enter__(self) -> Remote:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 class RemoteFiles:
     """Remote files that are read many times: a stream through a spool, single rows as they are."""
@@ -318,7 +308,8 @@ class RemoteFiles:
             CheckpointError: They cannot be had, or the file ends before.
         """
         if name in self._descriptors:
-            self._read_cached(buffer, name, offset)
+            where = f"{self._remote.location(name)} (in the Hub's cache)"
+            fill(buffer, self._descriptors[name], offset, where)
         elif offset + len(buffer) > self._sizes[name]:
             raise damaged(self._remote.location(name), "ends before its last tensor")
         elif self._is_in_order(name, offset, len(buffer)):
@@ -337,15 +328,6 @@ class RemoteFiles:
                 self._ends.popitem(last=False)
         # The block at the start of a file holds its header, and its first tensor.
         return follows or offset < BLOCK_BYTES or self._spool.holds(name, offset)
-
-    def _read_cached(self, buffer: memoryview, name: str, offset: int) -> None:
-        while buffer:
-            data = os.pread(self._descriptors[name], len(buffer), offset)
-            if not data:
-                raise damaged(self._remote.location(name), "ends early in the Hub's cache")
-            buffer[: len(data)] = data
-            buffer = buffer[len(data) :]
-            offset += len(data)
 
     def close(self) -> None:
         """Close the files and give the spool's disk space back."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 import numpy as np
 
 from nxdi_expertscale.checkpoint.read.files import WeightFiles
 from nxdi_expertscale.checkpoint.safetensors_format import ITEM_SIZES, StoredTensor
+from nxdi_expertscale.sources.closing import Closing
 
 
-class TensorReader:
+class TensorReader(Closing):
     """Reads tensors of a checkpoint. Safe to use from several threads.
 
     Files stay open until it is closed.
@@ -61,14 +60,3 @@ class TensorReader:
     def close(self) -> None:
         """Close the files."""
         self._files.close()
-
-    def __enter__(self) -> TensorReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

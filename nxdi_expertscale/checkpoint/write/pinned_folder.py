@@ -7,16 +7,16 @@ import stat
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 
 from nxdi_expertscale.checkpoint.digests import digest_file_object
+from nxdi_expertscale.sources.closing import Closing
 
 # Not every system has these flags; without them a link is still noticed by looking at it.
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
-class PinnedFolder:
+class PinnedFolder(Closing):
     """A folder, reached through a descriptor. It is closed at the end of a ``with`` block.
 
     Files in it are created, read, renamed and removed by names, never through a symbolic link.
@@ -143,17 +143,6 @@ class PinnedFolder:
     def close(self) -> None:
         """Close it."""
         os.close(self._descriptor)
-
-    def __enter__(self) -> PinnedFolder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
