@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,6 @@ from nxdi_expertscale.families.declaration import DOWN, GATE_UP, MoEFamily
 from nxdi_expertscale.loading import completeness
 from nxdi_expertscale.loading.passes import find_expert_layers
 from nxdi_expertscale.patches.decoder_model_instance import states_of
-from nxdi_expertscale.testing import whole_model
 from nxdi_expertscale.testing.full_precision import in_full_precision
 from nxdi_expertscale.testing.ranks import one_rank
 from nxdi_expertscale.testing.running import (
@@ -31,7 +30,14 @@ from nxdi_expertscale.testing.running import (
     load_application,
     make_config,
 )
-from nxdi_expertscale.testing.whole_model import WITHIN_FP8, relative_error
+from nxdi_expertscale.testing.whole_model import (
+    WITHIN_FP8,
+    Call,
+    dequantized,
+    first_calls,
+    relative_error,
+    repeat,
+)
 
 WITHIN_BLOCK = 0.08
 """What FP8 may cost the output of a block, in which several weights follow one another."""
@@ -190,13 +196,16 @@ def _compare(
 ) -> FamilyCheck:
     unquantized, notes = _completed(unquantized, loaded)
     ours, theirs = _weights(loaded), _weights(unquantized)
-    values = whole_model.dequantized(ours)
+    values = dequantized(ours)
     parameters = {
         name: relative_error(values[name], theirs[name]) for name in values.keys() & theirs.keys()
     }
     experts = {path for layer in find_expert_layers(loaded.module) for path in layer.paths}
     expected, calls = _run(unquantized, experts, prompts)
-    errors = {path: _error_of_block(loaded, path, call) for path, call in calls.items()}
+    errors = {
+        path: relative_error(repeat(loaded.module.get_submodule(path), call), call.output)
+        for path, call in calls.items()
+    }
     blocks_of_experts = set(map(_block_of, experts))
     logits = _logits(loaded, prompts)
     of_experts = {name: value for name, value in values.items() if _parent(name) in experts}
@@ -251,31 +260,13 @@ def _one_sided(ours: Collection[str], theirs: Collection[str]) -> Iterator[str]:
         yield f"{name}: a parameter that the unquantized model does not have from its checkpoint"
 
 
-_Call = tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]
-"""Arguments by position, by name, and the hidden states that came of them."""
-
-
 def _run(
     model: LoadedModel, experts: Collection[str], prompts: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, dict[str, _Call]]:
+) -> tuple[torch.Tensor, dict[str, Call]]:
     """The logits, and the first call of each block, by its path."""
-    calls: dict[str, _Call] = {}
-
-    def keep_as(path: str) -> Callable[..., None]:
-        def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            calls.setdefault(path, (args, kwargs, whole_model.hidden_states(output)))
-
-        return keep
-
-    handles = [
-        model.module.get_submodule(path).register_forward_hook(keep_as(path), with_kwargs=True)
-        for path in _blocks(model.module, set(map(_block_of, experts)))
-    ]
-    try:
+    paths = _blocks(model.module, set(map(_block_of, experts)))
+    with first_calls(model.module, paths) as calls:
         return _logits(model, prompts), calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _blocks(module: torch.nn.Module, of_experts: Collection[str]) -> Iterator[str]:
@@ -287,13 +278,6 @@ def _blocks(module: torch.nn.Module, of_experts: Collection[str]) -> Iterator[st
             has_weights = any(parameter.dim() > 1 for parameter in part.parameters())
             if has_weights and not any(f"{block}.".startswith(f"{path}.") for block in of_experts):
                 yield path
-
-
-def _error_of_block(model: LoadedModel, path: str, call: _Call) -> float:
-    args, kwargs, expected = call
-    with torch.no_grad():
-        output = model.module.get_submodule(path)(*args, **kwargs)
-    return relative_error(whole_model.hidden_states(output), expected)
 
 
 def _logits_with(

@@ -1,8 +1,8 @@
-"""A quantized model beside the same one unquantized: every parameter, every block, the logits."""
+"""A quantized model beside the same one unquantized: its parameters as numbers, its parts run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,31 +11,6 @@ import torch
 
 WITHIN_FP8 = 0.06
 """What FP8 may cost a parameter or a block: its own rounding is 2.7%."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How far a model is off, each a norm of the difference over the norm of the original.
-
-    Attributes:
-        parameters: Of each parameter, dequantized.
-        attention: Of each layer's attention, given the same input.
-        moe: Of each MoE block, given the same input.
-        logits: Of the last token's logits.
-    """
-
-    parameters: Mapping[str, float]
-    attention: tuple[float, ...]
-    moe: tuple[float, ...]
-    logits: float
-
-    def beyond(self, within: float) -> dict[str, float]:
-        """What is further off; the logits, to which every layer adds, by more than twice that."""
-        errors = dict(self.parameters)
-        errors |= {f"attention of layer {n}": error for n, error in enumerate(self.attention)}
-        errors |= {f"MoE block {n}": error for n, error in enumerate(self.moe)}
-        found = {name: error for name, error in errors.items() if not error < within}
-        return found if self.logits < 2 * within else {**found, "logits": self.logits}
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -56,36 +31,41 @@ def dequantized(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     return found
 
 
-def parameter_errors(
-    state_dict: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]
-) -> dict[str, float]:
-    """The error of each parameter.
+@dataclass(frozen=True)
+class Call:
+    """A call of a part of a model: what it was given, and the hidden states that came of it."""
 
-    Raises:
-        AssertionError: The models do not have the same parameters, of the same shapes.
-    """
-    ours, theirs = dequantized(state_dict), dequantized(reference)
-    shapes = {name: list(tensor.shape) for name, tensor in ours.items()}
-    assert shapes == {name: list(tensor.shape) for name, tensor in theirs.items()}
-    return {name: relative_error(ours[name], theirs[name]) for name in ours}
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: torch.Tensor
 
 
 @contextmanager
-def calls_of_attention(module: Any) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any], Any]]]:
-    """The calls of each layer's attention, in the order of the layers: arguments and output."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+def first_calls(module: torch.nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Call]]:
+    """The first call of each of these parts of a model while the context lasts, by its path."""
+    calls: dict[str, Call] = {}
 
-    def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append((args, kwargs, output))
+    def keep_as(path: str) -> Callable[..., None]:
+        def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls.setdefault(path, Call(args, kwargs, hidden_states(output)))
+
+        return keep
 
     handles = [
-        layer.self_attn.register_forward_hook(keep, with_kwargs=True) for layer in module.layers
+        module.get_submodule(path).register_forward_hook(keep_as(path), with_kwargs=True)
+        for path in paths
     ]
     try:
         yield calls
     finally:
         for handle in handles:
             handle.remove()
+
+
+def repeat(module: torch.nn.Module, call: Call) -> torch.Tensor:
+    """The hidden states that a part of a model gives for a call of another one."""
+    with torch.no_grad():
+        return hidden_states(module(*call.args, **call.kwargs))
 
 
 def hidden_states(output: Any) -> torch.Tensor:

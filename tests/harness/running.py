@@ -18,10 +18,15 @@ import torch
 from neuronx_distributed_inference.models.config import MoENeuronConfig
 from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
 
-from nxdi_expertscale.testing import running, whole_model
+from nxdi_expertscale.testing import running
 from nxdi_expertscale.testing.running import LoadedModel
-from nxdi_expertscale.testing.whole_model import WITHIN_FP8, relative_error
-from tests.harness import models
+from nxdi_expertscale.testing.whole_model import (
+    WITHIN_FP8,
+    first_calls,
+    relative_error,
+    repeat,
+)
+from tests.harness import models, whole_model
 
 FP8: dict[str, Any] = {
     "quantized": True,
@@ -288,14 +293,15 @@ def compare(
     prompt = models.prompt()
     rounding = relative_error(reference.logits(prompt), expected)
     assert rounding < _ROUNDING, f"NxDI's unquantized model is {rounding:.1e} off"
-    with whole_model.calls_of_attention(loaded.module) as calls:
+    paths = [f"layers.{number}.self_attn" for number in range(len(loaded.module.layers))]
+    with first_calls(loaded.module, paths) as calls:
         logits = loaded.logits(prompt)
-    attention = []
-    for layer, (args, kwargs, output) in zip(reference.module.layers, calls, strict=True):
-        with torch.no_grad():
-            right = layer.self_attn(*args, **kwargs)
-        found = map(whole_model.hidden_states, (output, right))
-        attention.append(relative_error(*found))
+    attention = [
+        relative_error(
+            calls[path].output, repeat(reference.module.get_submodule(path), calls[path])
+        )
+        for path in paths
+    ]
     return whole_model.Comparison(
         parameter_errors(loaded, reference),
         tuple(attention),

@@ -16,9 +16,9 @@ import torch
 
 from nxdi_expertscale import quantize_checkpoint
 from nxdi_expertscale.errors import ExpertScaleError
-from nxdi_expertscale.testing.whole_model import Comparison
 from tests.harness import expert_groups, models, processes
 from tests.harness.targets import Target
+from tests.harness.whole_model import Comparison
 from tests.upstream import support_table
 from tests.upstream.support_table import Cell, Row
 from tests.upstream.test_kernels import (

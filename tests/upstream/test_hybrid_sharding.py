@@ -11,9 +11,10 @@ import torch
 
 from nxdi_expertscale import quantize_checkpoint
 from nxdi_expertscale.errors import ConfigurationError
-from nxdi_expertscale.testing.whole_model import WITHIN_FP8, Comparison
+from nxdi_expertscale.testing.whole_model import WITHIN_FP8
 from tests.harness import expert_groups, models, processes
 from tests.harness.targets import Target
+from tests.harness.whole_model import Comparison
 from tests.upstream.test_expert_parallel import run_experts
 
 pytestmark = pytest.mark.usefixtures("active")

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from nxdi_expertscale.testing.whole_model import WITHIN_FP8, Comparison
+from nxdi_expertscale.testing.whole_model import WITHIN_FP8
 from tests.harness import models, processes
 from tests.harness.targets import Target
+from tests.harness.whole_model import Comparison
 
 RANKS = 2
 

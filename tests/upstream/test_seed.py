@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from nxdi_expertscale.testing.whole_model import WITHIN_FP8, Comparison
+from nxdi_expertscale.testing.whole_model import WITHIN_FP8
 from tests.harness import processes, targets
 from tests.harness.targets import Target
+from tests.harness.whole_model import Comparison
 
 PADDED = {"blockwise_matmul_config": {"use_shard_on_intermediate_dynamic_while": True}}
 
