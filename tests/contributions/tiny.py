@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 
@@ -115,6 +115,27 @@ class Tiny:
         self.normal(f"{prefix}{embeddings}.weight", VOCABULARY, HIDDEN, deviation=1.0)
         self.norm(f"{prefix}norm", HIDDEN)
         self.linear("lm_head", VOCABULARY, HIDDEN)
+
+    def layers(self, *, norms: int = 0) -> Iterator[str]:
+        """Add what is usual around the feed-forward parts of :data:`LAYERS` layers.
+
+        Args:
+            norms: See :meth:`attention`.
+
+        Yields:
+            Each layer's path, for its feed-forward part to be added.
+        """
+        self.ends()
+        for layer in range(LAYERS):
+            path = f"model.layers.{layer}"
+            self.layer_norms(path)
+            self.attention(f"{path}.self_attn", norms=norms)
+            yield path
+
+    def routed(self, path: str, names: tuple[str, str, str] = GATED) -> None:
+        """Add an MoE block that is a router and its experts."""
+        self.linear(f"{path}.gate", EXPERTS, HIDDEN)
+        self.experts(f"{path}.experts", names)
 
     def _of_channels(self, outputs: int) -> torch.Tensor:
         """Magnitudes from a half to two, so that a scale at a wrong channel shows."""

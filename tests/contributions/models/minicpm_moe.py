@@ -14,13 +14,8 @@ _MODULE = "modeling_minicpm_moe_neuronx"
 
 
 def _write(model: tiny.Tiny) -> None:
-    model.ends()
-    for layer in range(tiny.LAYERS):
-        path = f"model.layers.{layer}"
-        model.layer_norms(path)
-        model.attention(f"{path}.self_attn")
-        model.linear(f"{path}.mlp.gate", tiny.EXPERTS, tiny.HIDDEN)
-        model.experts(f"{path}.mlp.experts", names=("w1", "w3", "w2"))
+    for path in model.layers():
+        model.routed(f"{path}.mlp", names=("w1", "w3", "w2"))
 
 
 def _make_config(neuron_config: Any, folder: Path) -> Any:

@@ -7,13 +7,8 @@ from tests.contributions.contribution import Contribution
 
 
 def _write(model: tiny.Tiny) -> None:
-    model.ends()
-    for layer in range(tiny.LAYERS):
-        path = f"model.layers.{layer}"
-        model.layer_norms(path)
-        model.attention(f"{path}.self_attn")
-        model.linear(f"{path}.block_sparse_moe.gate", tiny.EXPERTS, tiny.HIDDEN)
-        model.experts(f"{path}.block_sparse_moe.experts", names=("w1", "w3", "w2"))
+    for path in model.layers():
+        model.routed(f"{path}.block_sparse_moe", names=("w1", "w3", "w2"))
 
 
 MIXTRAL = Contribution(

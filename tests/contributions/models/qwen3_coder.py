@@ -7,13 +7,8 @@ from tests.contributions.contribution import Contribution
 
 
 def _write(model: tiny.Tiny) -> None:
-    model.ends()
-    for layer in range(tiny.LAYERS):
-        path = f"model.layers.{layer}"
-        model.layer_norms(path)
-        model.attention(f"{path}.self_attn", norms=tiny.HEAD)
-        model.linear(f"{path}.mlp.gate", tiny.EXPERTS, tiny.HIDDEN)
-        model.experts(f"{path}.mlp.experts")
+    for path in model.layers(norms=tiny.HEAD):
+        model.routed(f"{path}.mlp")
 
 
 QWEN3_CODER = Contribution(

@@ -8,11 +8,7 @@ from tests.contributions.models.glm4_moe import write_moe
 
 
 def _write(model: tiny.Tiny) -> None:
-    model.ends()
-    for layer in range(tiny.LAYERS):
-        path = f"model.layers.{layer}"
-        model.layer_norms(path)
-        model.attention(f"{path}.self_attn")
+    for path in model.layers():
         write_moe(model, f"{path}.mlp")
 
 
