@@ -10,9 +10,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+from tests.harness import loopback
 
 _META = "x-amz-meta-"
 _NEVER = "2026-01-01T00:00:00.000Z"
@@ -63,25 +65,12 @@ def serve() -> Iterator[S3]:
     class Handler(_Handler):
         s3 = state
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    state.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with loopback.serving(Handler) as state.url:
         yield state
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(loopback.Quiet, BaseHTTPRequestHandler):
     s3: S3
-
-    def log_message(self, format: str, *args: object) -> None:
-        del format, args
 
     def _parse(self) -> tuple[str, str, dict[str, str]]:
         parts = urlsplit(self.path)
