@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -74,24 +75,12 @@ def seconds_of(
     try:
         for _ in range(repetitions):
             for name, times in (("nxdi", inside), ("package", around)):
-                with _environment(VARIABLE, "0" if name == "nxdi" else "1"):
+                with mock.patch.dict(os.environ, {VARIABLE: "0" if name == "nxdi" else "1"}):
                     nxdi.convert(model, **settings)
                 found[name] = min(found.get(name, float("inf")), times[-1])
     finally:
         setattr(module, overhead.CONVERTER, patched)
     return found
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
 
 
 def child(kind: str, release: str, model: Path, quantized: Path) -> dict[str, float]:
@@ -121,11 +110,8 @@ def occupied_cores() -> Iterator[None]:
 
 
 def measure(kind: str, release: str, model: Path, quantized: Path) -> Any:
-    environment = {**os.environ, "NXDI_PLUGINS": "expertscale"}
-    command = [sys.executable, "-m", "benchmarks.conversion", "--child", kind]
-    command += ["--release", release, "--folders", str(model), str(quantized)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return json.loads(done.stdout.splitlines()[-1])
+    plugins = {"NXDI_PLUGINS": "expertscale"}
+    return overhead.in_child("benchmarks.conversion", kind, release, model, quantized, **plugins)
 
 
 def of_nxdi(release: str, *, is_busy: bool) -> dict[str, Any]:
@@ -162,29 +148,17 @@ def table(found: dict[str, Any]) -> Table:
     for kind, name in KINDS.items():
         alone, package = found[kind]["nxdi"], found[kind]["package"]
         rows.add_row(name, f"{alone:.2f} s", f"{package:.2f} s", f"{alone / package:.2f}")
-    before, after = found["peak_bytes"]["without"], found["peak_bytes"]["with"]
-    rows.add_row(
-        "peak memory, FP8",
-        f"{before / 1e9:.2f} GB",
-        f"{after / 1e9:.2f} GB",
-        f"{(after - before) / 1e6:+.0f} MB",
-    )
+    rows.add_row("peak memory, FP8", *overhead.peak_cells(found["peak_bytes"]))
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--release", default="0.9", help="the release of NxDI to measure")
     parser.add_argument("--busy", action="store_true", help="with all cores occupied")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--folders", nargs=2, type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = overhead.parse_options(parser)
     if options.child is not None:
         print(json.dumps(child(options.child, options.release, *options.folders)))
         return
-    if options.release not in targets.all_targets():
-        parser.error(f"no sources of NxDI {options.release} in {targets.UPSTREAM_VARIABLE}")
     found = of_nxdi(options.release, is_busy=options.busy)
     if options.json:
         print(json.dumps(found, indent=2))

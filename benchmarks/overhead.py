@@ -237,11 +237,28 @@ def child(task: str, release: str, model: Path, quantized: Path) -> dict[str, An
 
 
 def measure(task: str, release: str, model: Path, quantized: Path) -> Any:
-    environment = {**os.environ, "NXDI_PLUGINS": "" if task == "without" else "expertscale"}
+    variables = {"NXDI_PLUGINS": "" if task == "without" else "expertscale"}
     if task == "conversion":
-        environment[put_off.VARIABLE] = "0"
-    command = [sys.executable, "-m", "benchmarks.overhead", "--child", task]
+        variables[put_off.VARIABLE] = "0"
+    return in_child("benchmarks.overhead", task, release, model, quantized, **variables)
+
+
+def in_child(
+    module: str, task: str, release: str, model: Path, quantized: Path, **variables: str
+) -> Any:
+    """What a benchmark measures in a process of its own.
+
+    Args:
+        module: The benchmark, which takes the options of :func:`parse_options`.
+        task: What it is to measure.
+        release: The release of NxDI.
+        model: Folder of the original.
+        quantized: Folder of what was made of it.
+        variables: Environment variables of that process.
+    """
+    command = [sys.executable, "-m", module, "--child", task]
     command += ["--release", release, "--folders", str(model), str(quantized)]
+    environment = {**os.environ, **variables}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -300,13 +317,7 @@ def nxdi_table(found: dict[str, Any]) -> Table:
         "",
         f"{1000 * check:.1f} ms, {check / upstream:.2%}",
     )
-    before, after = found["peak"]["without"], found["peak"]["with"]
-    table.add_row(
-        "conversion, peak memory",
-        f"{before / 1e9:.2f} GB",
-        f"{after / 1e9:.2f} GB",
-        f"{(after - before) / 1e6:+.0f} MB",
-    )
+    table.add_row("conversion, peak memory", *peak_cells(found["peak"]))
     shared, own = found["forward"]["per_channel"], found["forward"]["expert_wise"]
     table.add_row(
         f"experts' forward, {TOKENS} tokens",
@@ -324,18 +335,30 @@ def nxdi_table(found: dict[str, Any]) -> Table:
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def peak_cells(peak: dict[str, float]) -> tuple[str, str, str]:
+    """The cells of a row about memory: without the package, with it, and the difference."""
+    before, after = peak["without"], peak["with"]
+    difference = f"{(after - before) / 1e6:+.0f} MB"
+    return f"{before / 1e9:.2f} GB", f"{after / 1e9:.2f} GB", difference
+
+
+def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the options of a benchmark that runs a release in processes of its own."""
     parser.add_argument("--release", default="0.9", help="the release of NxDI to measure")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folders", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.child is None and options.release not in targets.all_targets():
+        parser.error(f"no sources of NxDI {options.release} in {targets.UPSTREAM_VARIABLE}")
+    return options
+
+
+def main() -> None:
+    options = parse_options(argparse.ArgumentParser(description=__doc__))
     if options.child is not None:
         print(json.dumps(child(options.child, options.release, *options.folders)))
         return
-    if options.release not in targets.all_targets():
-        parser.error(f"no sources of NxDI {options.release} in {targets.UPSTREAM_VARIABLE}")
     found = of_nxdi(options.release)
     if options.json:
         print(json.dumps(found, indent=2))
