@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -42,7 +41,7 @@ from nxdi_expertscale import cli
 from nxdi_expertscale.checkpoint import quantize
 from nxdi_expertscale.checkpoint.parallel import Progress
 from nxdi_expertscale.checkpoint.write.staging import WORK
-from tests.harness import checkpoints
+from tests.harness import checkpoints, processes
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 10_000
@@ -124,7 +123,9 @@ def started(
     ground: Ground, prepare: Callable[..., Progress | None], *arguments: Any
 ) -> tuple[Any, Event]:
     """The process of a run, and what it sets when the command begins."""
-    context = multiprocessing.get_context("forkserver")
+    context = processes.quantizing_context(
+        "nxdi_expertscale.cli.tables", "nxdi_expertscale.cli.progress"
+    )
     begun = context.Event()
     process = context.Process(
         target=run_command, args=(begun, ground.src, ground.dst, prepare, *arguments)
@@ -432,11 +433,6 @@ def new_ground(scratch: Path, chance: random.Random, longest: float) -> Iterator
 
 
 def run_trials(faults: Sequence[str], trials: int, seed: int) -> list[Outcome]:
-    # A server that has torch imported, and forks: what is disturbed is the work, not the imports.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [f"nxdi_expertscale.{name}" for name in ("checkpoint", "cli.tables", "cli.progress")]
-    )
     chance = random.Random(seed)
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing.context import BaseContext
+from multiprocessing.context import BaseContext, ForkServerContext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,22 @@ from tests.harness import targets
 from tests.harness.limits import PATIENCE
 
 Result = TypeVar("Result")
+
+_QUANTIZER = ("nxdi_expertscale.checkpoint.quantize", "nxdi_expertscale.checkpoint.write.stream")
+"""What ``quantize_checkpoint`` imports, the latter when it begins to write; torch is among it."""
+
+
+def quantizing_context(*modules: str) -> ForkServerContext:
+    """Where processes come from that quantize: forks of one that has all of it imported.
+
+    What is killed or disturbed there is the work, and not the imports.
+
+    Args:
+        modules: What else is imported.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_QUANTIZER, *modules])
+    return context
 
 
 def run_on_ranks(

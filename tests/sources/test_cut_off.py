@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import time
@@ -19,7 +18,7 @@ from nxdi_expertscale.checkpoint import quantize_checkpoint, verify_checkpoint
 from nxdi_expertscale.checkpoint.write import s3_staging
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
 from nxdi_expertscale.checkpoint.write.staging import WORK
-from tests.harness import checkpoints, loopback_hub
+from tests.harness import checkpoints, loopback_hub, processes
 
 KILLS = int(os.environ.get("NXDI_EXPERTSCALE_KILLS", "12"))
 """How often a run is killed on each way; more in the environment for a long test."""
@@ -120,9 +119,7 @@ def run(src: str, dst: str) -> None:
 
 def kill_and_complete(src: str, dst: str, found: Callable[[], Files], expected: Files) -> None:
     """Run until it was killed so many times, and then to its end; what loads is always whole."""
-    # A server that has torch imported, and forks: a kill then hits the work and not the imports.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nxdi_expertscale.checkpoint"])
+    context = processes.quantizing_context()
     chance, longest, kills = random.Random(0), 0.0, 0
     while kills < KILLS:
         process = context.Process(target=run, args=(src, dst))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import time
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint
-from tests.harness import checkpoints
+from tests.harness import checkpoints, processes
 
 KILLS = int(os.environ.get("NXDI_EXPERTSCALE_KILLS", "60"))
 """How often a run is killed; more in the environment for a long test."""
@@ -23,9 +22,7 @@ SETTINGS: dict[str, Any] = {"max_shard_bytes": 10_000, "workers": 2}
 
 def test_killed_runs_end_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
     """Two requests take turns on one folder, and are killed: it is one's, the other's or none."""
-    # A server that has torch imported, and forks: a kill then hits the work and not the imports.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nxdi_expertscale.checkpoint"])
+    context = processes.quantizing_context()
     src, dst = checkpoints.save(tmp_path / "src"), tmp_path / "dst"
     source = checkpoints.contents(src)
     requests: dict[str, dict[str, Any]] = {
