@@ -22,6 +22,7 @@ from nxdi_expertscale.families.known_modules import check_names
 from nxdi_expertscale.loading import expert_scales, expert_weights
 from nxdi_expertscale.loading.channel_scales import per_channel_scales
 from nxdi_expertscale.loading.expert_scales import LayerScales
+from nxdi_expertscale.loading.fused_sample import Samplers, take_now
 from nxdi_expertscale.loading.layout import LayoutError
 from nxdi_expertscale.loading.names import in_state_dict, scale_in_state_dict, scale_of
 from nxdi_expertscale.loading.routers import dequantized_routers, replace_routers
@@ -111,6 +112,8 @@ def take_out_scales(
     for scale in scales_of_experts:
         del state_dict[scale]
     if family.converter_reads_stacked:
+        for layer in layers:
+            take_now(layer.samplers, state_dict)
         for number in range(settings.num_layers):
             expert_weights.stack(state_dict, family, number, num_experts)
     return layers
@@ -231,6 +234,11 @@ def names_for_converter(
 
 def _is_biased(state_dict: Mapping[str, torch.Tensor], path: str) -> bool:
     return f"{path}.bias" in state_dict and f"{path}.scale" not in state_dict
+
+
+def samplers(layers: Sequence[LayerScales]) -> Samplers:
+    """What looks at the experts' weights of all layers while NxDI's converter reads them."""
+    return {name: sampler for layer in layers for name, sampler in layer.samplers.items()}
 
 
 @one_thread()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.families.declaration import MoEFamily
-from nxdi_expertscale.loading.fused_sample import FusedSample
+from nxdi_expertscale.loading.fused_sample import FusedSample, Samplers
 from nxdi_expertscale.loading.names import scale_of
 from nxdi_expertscale.numerics import fp8, scales
 
@@ -32,12 +33,14 @@ class LayerScales:
             along the last axis for ``gate_up_proj``, unpadded.
         consumed: Names of the tensors that the scales were read from.
         samples: For each of NxDI's fused weights, what it has to hold.
+        samplers: For each expert's weight, by its name, what takes its part of them.
     """
 
     layer: int
     fused: Mapping[str, torch.Tensor]
     consumed: tuple[str, ...]
     samples: Mapping[str, FusedSample]
+    samplers: Samplers
 
     def matches_layout(self, fused: str, weight: torch.Tensor) -> bool:
         """Whether a fused weight has its channels where the scales have them.
@@ -53,6 +56,8 @@ def collect(
     state_dict: StateDict, family: MoEFamily, layer: int, num_experts: int
 ) -> LayerScales | None:
     """Collect and check the scales of a layer's experts. The state dict stays as it is.
+
+    The samples of their weights are yet to be taken.
 
     Args:
         state_dict: A checkpoint's tensors, before NxDI fuses them.
@@ -84,14 +89,18 @@ def collect(
     fused: dict[str, torch.Tensor] = {}
     consumed: list[str] = []
     samples: dict[str, FusedSample] = {}
+    samplers = {}
     for name, projections in family.fused.items():
         fused[name] = scales.fuse(
             [_stack_scales(state_dict, scale_keys[part], weights[part]) for part in projections]
         )
         consumed += [key for part in projections for key in scale_keys[part]]
-        of_experts = zip(*(weights[part] for part in projections), strict=True)
-        samples[name] = FusedSample.take(list(of_experts))
-    return LayerScales(layer, fused, tuple(consumed), samples)
+        sample = FusedSample.of(num_experts, len(projections), weights[projections[0]][0])
+        samples[name] = sample
+        for part, projection in enumerate(projections):
+            for expert, key in enumerate(keys[projection]):
+                samplers[key] = partial(sample.take, expert, part)
+    return LayerScales(layer, fused, tuple(consumed), samples, samplers)
 
 
 def _check_unquantized(state_dict: StateDict, keys: Mapping[str, Sequence[str]]) -> None:

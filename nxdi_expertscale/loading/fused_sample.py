@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
-
-from nxdi_expertscale.checkpoint.parallel import available_cores, for_each
 
 COMPARED_INPUTS = 2
 """Inputs of each channel that are compared: enough to tell one channel from another."""
 
-MAX_WORKERS = 4
-"""Threads that take a sample: it is a matter of milliseconds."""
+Samplers = Mapping[str, Callable[[torch.Tensor], None]]
+"""For each expert's weight what takes its part of a sample, given ``[in, out]``."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,9 @@ class FusedSample:
     """What one of NxDI's fused weights has to hold at some places, which tell how it is fused.
 
     Every channel of every expert is looked at, for scales belong to channels of experts; each
-    expert at other inputs, so that all of them together cover the inputs.
+    expert at other inputs, so that all of them together cover the inputs. An expert's part is
+    taken when its weight is read anyhow: to look at every channel of weights that are only mapped
+    takes ten times as long.
 
     Attributes:
         num_inputs: Inputs of an expert's weight, without padding.
@@ -32,40 +32,46 @@ class FusedSample:
 
     num_inputs: int
     values: torch.Tensor
+    _taken: set[tuple[int, int]] = field(default_factory=set)
 
     @classmethod
-    def take(
-        cls, weights: Sequence[Sequence[torch.Tensor]], *, workers: int | None = None
-    ) -> FusedSample:
-        """Take a sample of the weights that a fused one is made of.
+    def of(cls, num_experts: int, parts: int, weight: torch.Tensor) -> FusedSample:
+        """A sample of which nothing has been taken.
 
         Args:
-            weights: For each expert, the weights ``[out, in]`` of its projections, all of them of
-                one shape and dtype.
-            workers: Threads; by default as many as there are cores, up to :data:`MAX_WORKERS`.
+            num_experts: Experts of the layer.
+            parts: Projections that are fused into one weight.
+            weight: That of one expert's projection, ``[out, in]``; the others have its shape and
+                dtype.
         """
-        first = weights[0][0]
-        out, num_inputs = first.shape
-        count = min(COMPARED_INPUTS, num_inputs)
-        shape = (len(weights), len(weights[0]), count, out)
-        values = torch.empty(shape, dtype=first.dtype, device=first.device)
-        sample = cls(num_inputs, values)
-        if values.is_meta:
-            return sample
+        out, num_inputs = weight.shape
+        shape = (num_experts, parts, min(COMPARED_INPUTS, num_inputs), out)
+        return cls(num_inputs, torch.empty(shape, dtype=weight.dtype, device=weight.device))
 
-        def copy(expert: int) -> None:
-            start = expert * sample._step
-            for weight, place in zip(weights[expert], values[expert], strict=True):
-                place.copy_(weight.narrow(1, start, count).t())
+    def take(self, expert: int, part: int, transposed: torch.Tensor) -> None:
+        """Take an expert's part of the sample. What was taken first counts.
 
-        for_each(copy, iter(range(len(weights))), workers or min(MAX_WORKERS, available_cores()))
-        return sample
+        Args:
+            expert: The expert's number.
+            part: Which of its projections, in the order in which they are fused.
+            transposed: The projection's weight, or a copy of it, as ``[in, out]``.
+        """
+        if (expert, part) in self._taken:
+            return
+        self._taken.add((expert, part))
+        if not self.values.is_meta:
+            count = self.values.shape[2]
+            self.values[expert, part].copy_(transposed.narrow(0, expert * self._step, count))
 
     def is_in(self, fused: torch.Tensor) -> bool:
-        """Whether a fused weight ``[E, in, dim]``, padded or not, holds the sample."""
+        """Whether a fused weight ``[E, in, dim]``, padded or not, holds the sample.
+
+        A weight that nobody has read is in none.
+        """
         num_experts, parts, count, out = self.values.shape
         if (
-            fused.dtype != self.values.dtype
+            len(self._taken) < num_experts * parts
+            or fused.dtype != self.values.dtype
             or fused.shape[0] != num_experts
             or fused.shape[1] < self.num_inputs
             or fused.shape[2] % parts
@@ -88,3 +94,15 @@ class FusedSample:
         """How many inputs further on the sample of the next expert begins."""
         num_experts, _, count, _ = self.values.shape
         return (self.num_inputs - count) // max(1, num_experts - 1)
+
+
+def take_now(samplers: Samplers, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Take the samples of weights that are to be read by something that takes none.
+
+    Args:
+        samplers: What takes them.
+        state_dict: The weights, ``[out, in]``; those that are not there are passed over.
+    """
+    for name, sampler in samplers.items():
+        if name in state_dict:
+            sampler(state_dict[name].T)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from nxdi_expertscale.errors import IncompatibleUpstreamError
 from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.loading.fused_sample import Samplers, take_now
 from nxdi_expertscale.loading.garbage import only_new_objects_searched
 from nxdi_expertscale.loading.huge_pages import use_huge_pages
 from nxdi_expertscale.loading.threads import one_thread
@@ -48,19 +50,25 @@ class PutOffCopy(torch.Tensor):
     """``[out, in]``."""
     _is_transposed: bool
     _is_copy: bool
+    _sampler: Callable[[torch.Tensor], None] | None
+    """Is given the weight, or a copy, as ``[in, out]``, when it is read."""
     _made: torch.Tensor | None
     _writes: int
     """How often the weight had been written to."""
 
     @staticmethod
     def of(
-        weight: torch.Tensor, *, is_transposed: bool = False, is_copy: bool = False
+        weight: torch.Tensor,
+        *,
+        is_transposed: bool = False,
+        is_copy: bool = False,
+        sampler: Callable[[torch.Tensor], None] | None = None,
     ) -> PutOffCopy:
         """The tensor that stands for a plain weight ``[out, in]``, or for what is made of it."""
         seen = weight.T if is_transposed else weight
         made: PutOffCopy = torch.Tensor._make_subclass(PutOffCopy, seen)
         made._weight, made._is_transposed, made._is_copy = weight, is_transposed, is_copy
-        made._made, made._writes = None, weight._version
+        made._sampler, made._made, made._writes = sampler, None, weight._version
         return made
 
     @classmethod
@@ -87,17 +95,22 @@ class PutOffCopy(torch.Tensor):
         """The result of a function that takes a tensor alone, if it can be put off as well."""
         if self._is_copy:
             return None
-        if name in _TRANSPOSING and not self._is_transposed:
-            return self.of(self._weight, is_transposed=True)
-        if name in (_DETACHING, _COPYING):
-            is_copy = name == _COPYING
-            return self.of(self._weight, is_transposed=self._is_transposed, is_copy=is_copy)
-        return None
+        transposes = name in _TRANSPOSING and not self._is_transposed
+        if not transposes and name not in (_DETACHING, _COPYING):
+            return None
+        return self.of(
+            self._weight,
+            is_transposed=self._is_transposed or transposes,
+            is_copy=name == _COPYING,
+            sampler=self._sampler,
+        )
 
     def as_plain(self) -> torch.Tensor:
         """The tensor that this one stands for; the same one every time."""
         if self._made is None:
             self._check_unchanged()
+            if self._sampler is not None:
+                self._sampler(self._weight.T)
             seen = self._weight.T if self._is_transposed else self._weight
             self._made = seen.clone() if self._is_copy else seen
         return self._made
@@ -117,11 +130,17 @@ class PutOffCopy(torch.Tensor):
         self._check_unchanged()
         with one_thread():
             use_huge_pages(place)
-            copy_transposed(self._weight, place.view(place.shape[-2:]))
+            transposed = place.view(place.shape[-2:])
+            copy_transposed(self._weight, transposed)
+        if self._sampler is not None:
+            self._sampler(transposed)
 
 
 def convert_in_one_pass(
-    convert: Callable[[], StateDict], state_dict: StateDict, family: MoEFamily
+    convert: Callable[[], StateDict],
+    state_dict: StateDict,
+    family: MoEFamily,
+    samplers: Samplers = MappingProxyType({}),
 ) -> StateDict:
     """Run NxDI's converter, with experts' weights that are copied and transposed in one pass.
 
@@ -130,6 +149,7 @@ def convert_in_one_pass(
         state_dict: A checkpoint's tensors, each expert's weight ``[out, in]``; the experts'
             weights are exchanged while ``convert`` runs.
         family: The names in it.
+        samplers: For some of the weights what is given them as ``[in, out]``, when they are read.
 
     Returns:
         What ``convert`` gave: the same numbers, to the last bit, in plain tensors.
@@ -138,11 +158,14 @@ def convert_in_one_pass(
         IncompatibleUpstreamError: The converter writes to a weight after it has made a copy of it.
     """
     if is_turned_off():
+        take_now(samplers, state_dict)
         return convert()
     for name, weight in state_dict.items():
         place = family.names.parse_expert_key(name)
         if place is not None and place.suffix == "weight" and _can_be_put_off(weight):
-            state_dict[name] = PutOffCopy.of(weight)
+            state_dict[name] = PutOffCopy.of(weight, sampler=samplers.get(name))
+        elif name in samplers:
+            samplers[name](weight.T)
     try:
         with only_new_objects_searched():
             converted = convert()

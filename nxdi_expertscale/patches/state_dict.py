@@ -108,7 +108,7 @@ def _fusing_scales(family: MoEFamily) -> Callable[..., Any]:
             )
         names = conversion.names_for_converter(settings, family, state_dict)
         with exclusions_for_upstream(neuron_config, names):
-            converted: dict[str, torch.Tensor] = run()
+            converted: dict[str, torch.Tensor] = run(conversion.samplers(layers))
         with required_seams.layout_errors(seams.state_dict(family), family):
             conversion.put_in_scales(converted, layers, family, settings)
         folder, expert_wise = settings.quantized_checkpoints_path, settings.keeps_scales_apart

@@ -13,6 +13,7 @@ import torch
 from nxdi_expertscale import CheckpointError, ConfigurationError
 from nxdi_expertscale.families.built_in import LLAMA4, QWEN3_MOE
 from nxdi_expertscale.loading import conversion
+from nxdi_expertscale.loading.fused_sample import take_now
 from nxdi_expertscale.loading.layout import LayoutError
 from nxdi_expertscale.numerics import fp8
 from nxdi_expertscale.settings.settings import Settings
@@ -73,6 +74,7 @@ def convert(pad: int = 0, **changes: Any) -> tuple[StateDict, StateDict]:
     state_dict = checkpoint()
     before = dict(state_dict)
     layers = conversion.take_out_scales(state_dict, QWEN3_MOE, settings(**changes))
+    take_now(conversion.samplers(layers), state_dict)
     converted = converted_by_nxdi(state_dict, pad=pad)
     conversion.put_in_scales(converted, layers, QWEN3_MOE, settings(**changes))
     return before, converted
@@ -257,6 +259,7 @@ def test_a_converter_that_fuses_otherwise_is_told(name: str) -> None:
     spoil, says = FUSED_OTHERWISE[name]
     state_dict = checkpoint()
     layers = conversion.take_out_scales(state_dict, QWEN3_MOE, settings())
+    take_now(conversion.samplers(layers), state_dict)
     converted = converted_by_nxdi(state_dict)
     spoil(converted)
 

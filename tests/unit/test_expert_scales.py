@@ -12,7 +12,7 @@ from nxdi_expertscale import CheckpointError
 from nxdi_expertscale.families.built_in import MIXTRAL, QWEN3_MOE
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.loading import expert_scales
-from nxdi_expertscale.loading.fused_sample import COMPARED_INPUTS, FusedSample
+from nxdi_expertscale.loading.fused_sample import COMPARED_INPUTS, FusedSample, take_now
 from nxdi_expertscale.numerics import fp8
 
 EXPERTS, INTERMEDIATE, HIDDEN = 4, 4, 6
@@ -34,8 +34,10 @@ def layer_of(family: MoEFamily, layer: int = 0) -> StateDict:
 
 
 def collect(tensors: StateDict, family: MoEFamily = QWEN3_MOE) -> expert_scales.LayerScales:
+    """The scales of the layer, with samples of its weights."""
     found = expert_scales.collect(tensors, family, 0, EXPERTS)
     assert found is not None
+    take_now(found.samplers, tensors)
     return found
 
 
@@ -245,12 +247,20 @@ def test_weight_of_another_dtype_is_told() -> None:
     assert not collect(tensors).matches_layout("gate_up_proj", weight.to(torch.bfloat16))
 
 
+def sample_of(weights: list[torch.Tensor]) -> FusedSample:
+    """A sample of experts of one projection each."""
+    sample = FusedSample.of(len(weights), 1, weights[0])
+    for expert, weight in enumerate(weights):
+        sample.take(expert, 0, weight.T)
+    return sample
+
+
 def test_sample_outlives_the_weights_and_is_a_small_part_of_them() -> None:
-    weights = [[torch.randint(0, 255, (8, 512), dtype=torch.uint8)] for _ in range(5)]
-    sample = FusedSample.take(weights)
-    fused = torch.stack([part.T.clone() for (part,) in weights])
-    for (part,) in weights:
-        part.zero_()
+    weights = [torch.randint(0, 255, (8, 512), dtype=torch.uint8) for _ in range(5)]
+    sample = sample_of(weights)
+    fused = torch.stack([weight.T.clone() for weight in weights])
+    for weight in weights:
+        weight.zero_()
 
     assert sample.is_in(fused)
     assert sample.values.nbytes == 5 * 8 * COMPARED_INPUTS
@@ -264,8 +274,27 @@ def test_sample_outlives_the_weights_and_is_a_small_part_of_them() -> None:
 
 
 def test_weights_of_fewer_inputs_than_are_compared_are_compared_whole() -> None:
-    weights = [[torch.randint(0, 255, (6, 2), dtype=torch.uint8)] for _ in range(2)]
-    fused = torch.stack([part.T for (part,) in weights])
+    weights = [torch.randint(0, 255, (6, 2), dtype=torch.uint8) for _ in range(2)]
+    fused = torch.stack([weight.T for weight in weights])
 
-    assert FusedSample.take(weights).is_in(fused)
-    assert not FusedSample.take(weights).is_in(fused.flip(1))
+    assert sample_of(weights).is_in(fused)
+    assert not sample_of(weights).is_in(fused.flip(1))
+
+
+def test_what_is_taken_first_counts() -> None:
+    weights = [torch.randint(1, 255, (6, 8), dtype=torch.uint8) for _ in range(2)]
+    sample = sample_of(weights)
+
+    sample.take(1, 0, torch.zeros(8, 6, dtype=torch.uint8))
+
+    assert sample.is_in(torch.stack([weight.T for weight in weights]))
+
+
+def test_weight_of_which_an_expert_was_never_read_is_told() -> None:
+    weights = [torch.zeros(6, 8, dtype=torch.uint8) for _ in range(3)]
+    sample = FusedSample.of(3, 1, weights[0])
+    sample.values.zero_()
+    for expert in (0, 2):
+        sample.take(expert, 0, weights[expert].T)
+
+    assert not sample.is_in(torch.zeros(3, 8, 6, dtype=torch.uint8))

@@ -180,6 +180,57 @@ def test_nothing_is_put_off_when_turned_off(monkeypatch: pytest.MonkeyPatch) -> 
     assert [type(tensor) for tensor in seen] == [torch.Tensor]
 
 
+READ_BY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    **IN_ONE_PASS,
+    **OTHERWISE,
+    "nothing": lambda w: torch.zeros(0),
+}
+
+
+@pytest.mark.parametrize("is_on", [True, False], ids=["put off", "turned off"])
+@pytest.mark.parametrize("read", READ_BY.values(), ids=READ_BY)
+def test_samplers_see_what_the_converter_reads(
+    read: Callable[[torch.Tensor], torch.Tensor], is_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(put_off.VARIABLE, str(int(is_on)))
+    state_dict, seen = {KEY: weight()}, []
+
+    convert_in_one_pass(
+        lambda: {"converted": read(state_dict[KEY])},
+        state_dict,
+        QWEN3_MOE,
+        {KEY: lambda transposed: seen.append(transposed.clone())},
+    )
+
+    assert seen
+    assert all(torch.equal(transposed, weight().T) for transposed in seen)
+
+
+def test_samplers_see_a_weight_as_it_was_before_the_converter_changes_it() -> None:
+    state_dict, seen = {KEY: weight()}, []
+
+    def change() -> dict[str, torch.Tensor]:
+        state_dict[KEY].mul_(2)
+        return state_dict
+
+    sampler = {KEY: lambda transposed: seen.append(transposed.clone())}
+    convert_in_one_pass(change, state_dict, QWEN3_MOE, sampler)
+
+    assert torch.equal(seen[0], weight().T)
+
+
+def test_weights_that_are_not_put_off_are_sampled_before_they_are_converted() -> None:
+    state_dict, seen = {KEY: weight().requires_grad_()}, []
+
+    def convert() -> dict[str, torch.Tensor]:
+        assert seen
+        return {}
+
+    convert_in_one_pass(convert, state_dict, QWEN3_MOE, {KEY: seen.append})
+
+    assert torch.equal(seen[0], weight().T)
+
+
 class Cycle:
     """Garbage that only a search finds."""
 
