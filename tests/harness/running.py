@@ -274,6 +274,7 @@ def compare(
     loaded: LoadedModel,
     *,
     rank: int = 0,
+    reference: LoadedModel | None = None,
     **settings: Any,
 ) -> whole_model.Comparison:
     """How far a whole model is off: every parameter, attention, MoE blocks, logits.
@@ -282,6 +283,7 @@ def compare(
         checkpoint: Folder of the Hugging Face model, the reference.
         loaded: The model as NxDI runs it, on one rank.
         rank: Which one, of several that call this together.
+        reference: The same model unquantized, if it cannot be loaded here.
         settings: The keywords of ``MoENeuronConfig`` with which it is loaded here, unquantized.
 
     Raises:
@@ -289,7 +291,7 @@ def compare(
             Hugging Face's.
     """
     expected, blocks = _run_huggingface(checkpoint)
-    reference = load(checkpoint, rank=rank, **settings)
+    reference = reference or load(checkpoint, rank=rank, **settings)
     prompt = models.prompt()
     rounding = relative_error(reference.logits(prompt), expected)
     assert rounding < _ROUNDING, f"NxDI's unquantized model is {rounding:.1e} off"
@@ -325,10 +327,9 @@ def assert_right(
     loaded: LoadedModel,
     *,
     within: float = WITHIN_FP8,
-    rank: int = 0,
     **settings: Any,
 ) -> whole_model.Comparison:
     """Assert that nothing of a model is further off than that; see :func:`compare`."""
-    found = compare(checkpoint, loaded, rank=rank, **settings)
+    found = compare(checkpoint, loaded, **settings)
     assert found.beyond(within) == {}
     return found

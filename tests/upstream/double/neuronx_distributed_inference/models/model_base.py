@@ -165,6 +165,7 @@ class NeuronBaseModel(nn.Module):
         super().__init__()
         self.config = config
         self.neuron_config = config.neuron_config
+        self.on_device_sampling = config.neuron_config.on_device_sampling_config is not None
         self.rank_util = SPMDRank(world_size=config.neuron_config.tp_degree)
         dtype = config.neuron_config.torch_dtype
         self.embed_tokens = ParallelEmbedding(config.vocab_size, config.hidden_size, dtype)
@@ -189,12 +190,16 @@ class NeuronBaseModel(nn.Module):
         seq_ids: torch.Tensor,
         sampling_params: torch.Tensor,
     ) -> list[torch.Tensor]:
-        """Logits of the last token ``[B, 1, vocab]``, then the cache. Context encoding only."""
+        """The last token's logits ``[B, 1, vocab]``, or the next token ``[B, 1]``; then the cache.
+
+        Context encoding only.
+        """
         hidden_states = self.embed_tokens(input_ids)
         for layer in self.layers:
             hidden_states = layer(hidden_states, position_ids)
         logits = self.lm_head(self.norm(hidden_states[:, -1:]))
-        return [logits, *self.kv_mgr.past_key_values]
+        outputs = logits.argmax(-1) if self.on_device_sampling else logits
+        return [outputs, *self.kv_mgr.past_key_values]
 
 
 class NeuronBaseForCausalLM(NeuronApplicationBase):
