@@ -205,7 +205,11 @@ def is_state(name: str) -> bool:
 
 
 def part(module: Any) -> LoadedModel:
-    """One of the models of a draft and its target, which were loaded together."""
+    """One of the models of a draft and its target, which were loaded together.
+
+    It gives logits from now on, instead of tokens that are sampled on the device.
+    """
+    module.on_device_sampling = False
     return LoadedModel(module, {}, (), ())
 
 

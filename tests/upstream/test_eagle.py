@@ -91,7 +91,8 @@ def test_eagle_draft_stays_as_it_is_beside_the_target(
     assert torch.equal(loaded.draft_model.layers[0].mlp.down_proj.weight, weights.down_proj.weight)
     kept_apart = "expert_wise_per_channel_symmetric" in quantized_types(loaded.target_model)
     assert kept_apart is expert_wise
-    part = nxdi.part(loaded.target_model)
-    parameters = nxdi.parameter_errors(part, unquantized)
-    assert (max(parameters.values()) < WITHIN_FP8) is expert_wise
-    assert (max(nxdi.moe_errors(moe, part)) < WITHIN_FP8) is expert_wise
+    found = nxdi.compare(moe, nxdi.part(loaded.target_model), reference=unquantized)
+    if expert_wise:
+        assert found.beyond(WITHIN_FP8) == {}
+    else:
+        assert max(found.moe) > WITHIN_FP8

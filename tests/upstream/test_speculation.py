@@ -47,12 +47,6 @@ def quantized_types(model: Any) -> set[str]:
     }
 
 
-def part_with_logits(nxdi: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """One of the two models, with logits in place of the tokens that are sampled on the device."""
-    monkeypatch.setattr(model, "on_device_sampling", False)
-    return nxdi.part(model)
-
-
 def test_dense_draft_beside_the_target(
     nxdi: Any,
     application: Any,
@@ -87,14 +81,13 @@ def test_dense_draft_beside_the_target(
     drafting, verifying = loaded.module.draft_model, loaded.module.target_model
     assert quantized_types(drafting) == {"per_channel_symmetric"}
     assert nxdi.different_tensors(drafting.state_dict(), alone.module.state_dict()) == []
-    drafts_logits = part_with_logits(nxdi, drafting, monkeypatch).logits(models.prompt())
-    assert torch.equal(drafts_logits, alone.logits(models.prompt()))
-    whole = part_with_logits(nxdi, verifying, monkeypatch)
-    nxdi.assert_right(moe, whole, reference=unquantized)
+    logits = nxdi.part(drafting).logits(models.prompt())
+    assert torch.equal(logits, alone.logits(models.prompt()))
+    nxdi.assert_right(moe, nxdi.part(verifying), reference=unquantized)
 
 
 def test_moe_draft_beside_the_target(
-    nxdi: Any, application: Any, moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nxdi: Any, application: Any, moe: Path, tmp_path: Path
 ) -> None:
     from neuronx_distributed_inference.models.config import FusedSpecNeuronConfig
 
@@ -117,6 +110,5 @@ def test_moe_draft_beside_the_target(
             "per_channel_symmetric",
             "expert_wise_per_channel_symmetric",
         }
-        whole = part_with_logits(nxdi, model, monkeypatch)
-        nxdi.assert_right(moe, whole, reference=unquantized)
+        nxdi.assert_right(moe, nxdi.part(model), reference=unquantized)
         assert model.layers[0].mlp.expert_mlps.mlp_op.down_proj.scale.dtype == torch.float32
