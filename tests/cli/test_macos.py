@@ -53,6 +53,12 @@ def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str
     )
 
 
+def assert_ended_well(result: subprocess.CompletedProcess[str]) -> None:
+    """With nothing on stderr but how far it was, which a slow machine gives time to say."""
+    said = [line for line in result.stderr.splitlines() if not line.endswith(" left")]
+    assert (result.returncode, said) == (0, [])
+
+
 def test_a_checkpoint_is_quantized_verified_and_inspected(tmp_path: Path) -> None:
     src, dst = checkpoints.save(tmp_path / "src"), tmp_path / "dst"
 
@@ -61,14 +67,14 @@ def test_a_checkpoint_is_quantized_verified_and_inspected(tmp_path: Path) -> Non
     inspected = run("inspect", dst)
 
     for result in (made, verified, inspected):
-        assert (result.returncode, result.stderr) == (0, "")
+        assert_ended_well(result)
     assert json.loads(made.stdout)["shards"] == 1
 
 
 def test_demo(tmp_path: Path) -> None:
     result = run("demo", "--json", XDG_CACHE_HOME=str(tmp_path))
 
-    assert (result.returncode, result.stderr) == (0, "")
+    assert_ended_well(result)
     assert json.loads(result.stdout)["trained"]
 
 

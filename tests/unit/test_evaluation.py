@@ -67,8 +67,9 @@ def found(original: Path, quantized: Path, text: Path) -> Evaluation:
 
 
 def _hugging_face(original: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
-    return model.eval()
+    # Its argument for the dtype has another name before transformers 4.56.
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(original)
+    return model.float().eval()
 
 
 def test_figures_are_those_of_hugging_face(

@@ -36,7 +36,9 @@ _MANIFEST = manifest("0.1.0", *_FILES)
 def layers(number: int, experts: int) -> list[LayerScales]:
     scale = torch.ones(experts, 1, 4)
     return [
-        LayerScales(layer=layer, fused={"gate_up_proj": scale}, consumed=(), samples={})
+        LayerScales(
+            layer=layer, fused={"gate_up_proj": scale}, consumed=(), samples={}, samplers={}
+        )
         for layer in range(number)
     ]
 
