@@ -1,10 +1,9 @@
 """Each supported Python, with each torch a host may have: pip leaves torch alone, and it works.
 
 A host's torch is stood in for by a distribution of its name and version, because the real ones
-are gigabytes: what is shown is that pip keeps it, and all that needs no torch, for real.
-
-The interpreters are those on ``PATH``, of pyenv, and named in ``NXDI_EXPERTSCALE_PYTHONS``
-(paths, with ``:`` between them).
+are gigabytes: what is shown is that pip keeps it, and all that needs no torch, for real. The real
+ones are installed where ``NXDI_EXPERTSCALE_TORCHES`` names them (``2.5.1,2.9.1``), and have to
+write the bytes that the tests' own torch does.
 """
 
 from __future__ import annotations
@@ -15,14 +14,15 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.harness.installed import ROOT, Environment, build_wheel, run
+from nxdi_expertscale.checkpoint import quantize_checkpoint
+from tests.harness import checkpoints
+from tests.harness.installed import ROOT, Environment, build_wheel
+from tests.harness.interpreters import VERSIONS, make_environment
 
-VERSIONS = ("3.10", "3.11", "3.12")
 TORCHES = ("2.5.1", "2.9.1", "2.13.0")
 TORCH_FREE = (
     "test_plugins.py",
@@ -33,32 +33,6 @@ TORCH_FREE = (
 """Unit tests that need no torch."""
 
 
-def candidates() -> Iterator[str]:
-    yield from filter(None, os.environ.get("NXDI_EXPERTSCALE_PYTHONS", "").split(os.pathsep))
-    for version in VERSIONS:
-        found = shutil.which(f"python{version}")
-        if found is not None:
-            yield found
-    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    yield from map(str, sorted(pyenv.glob("versions/3.*/bin/python")))
-
-
-def version_of(python: str) -> str | None:
-    code = "import sys; print('%d.%d' % sys.version_info[:2])"
-    result = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
-
-
-@pytest.fixture(scope="session")
-def pythons() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for candidate in candidates():
-        version = version_of(candidate)
-        if version in VERSIONS:
-            found.setdefault(version, candidate)
-    return found
-
-
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wheel(tmp_path_factory.mktemp("wheel"))
@@ -67,17 +41,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", params=VERSIONS)
 def environment(
     request: pytest.FixtureRequest,
-    pythons: dict[str, str],
     wheel: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Environment:
     """The wheel and its dependencies, as pip installs them beside a host's torch."""
-    version: str = request.param
-    if version not in pythons:
-        pytest.skip(f"there is no Python {version} here")
-    folder = tmp_path_factory.mktemp(f"python{version}") / "environment"
-    run([pythons[version], "-m", "venv", "--without-pip", str(folder)])
-    found = Environment(folder)
+    folder = tmp_path_factory.mktemp(f"python{request.param}") / "environment"
+    found = make_environment(request.param, folder)
     found.pip("install", "--quiet", "--no-index", str(torch_wheel(folder.parent, TORCHES[0])))
     found.pip("install", "--quiet", str(wheel), "pytest", "hypothesis")
     return found
@@ -134,30 +103,6 @@ def test_an_older_torch_is_refused(environment: Environment, wheel: Path, tmp_pa
     assert "torch>=2.5" in conflict.stdout + conflict.stderr
 
 
-def test_what_needs_no_torch_works(environment: Environment) -> None:
-    """Import, activation at start, help and doctor, with every warning an error."""
-    errors = ("-W", "error")
-    imported = environment.run(*errors, "-c", "import nxdi_expertscale")
-    assert (imported.returncode, imported.stderr) == (0, "")
-    code = "import nxdi_expertscale.activation as a; print(*a.active_plugins())"
-    assert environment.prints(code, NXDI_PLUGINS="expertscale") == "expertscale"
-    script = str(environment.folder / "bin" / "nxdi-expertscale")
-    helped = environment.run(*errors, script, "quantize", "--help")
-    assert (helped.returncode, helped.stderr) == (0, "")
-    assert "DST" in helped.stdout
-    examined = environment.run(*errors, script, "doctor", "--json")
-    assert (examined.returncode, examined.stderr) == (1, "")
-    assert json.loads(examined.stdout)["problems"]
-
-
-def test_every_module_is_valid_for_this_python(environment: Environment) -> None:
-    folder = environment.site_packages / "nxdi_expertscale"
-
-    result = environment.run("-W", "error", "-m", "compileall", "-q", "-f", str(folder))
-
-    assert (result.returncode, result.stdout) == (0, "")
-
-
 def test_unit_tests_without_torch_pass(environment: Environment, tmp_path: Path) -> None:
     """On the installed package, not the source tree."""
     folder = tmp_path / "tests" / "unit"
@@ -169,3 +114,26 @@ def test_unit_tests_without_torch_pass(environment: Environment, tmp_path: Path)
 
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "torch", filter(None, os.environ.get("NXDI_EXPERTSCALE_TORCHES", "").split(","))
+)
+def test_real_torch_writes_the_same_bytes(wheel: Path, tmp_path: Path, torch: str) -> None:
+    """In an environment of its own, which is gigabytes where the index's torch is one with CUDA."""
+    version = ".".join(map(str, sys.version_info[:2]))
+    environment = make_environment(version, tmp_path / "environment")
+    environment.pip("install", "--quiet", "--no-compile", f"torch=={torch}", str(wheel))
+    src = checkpoints.save(tmp_path / "src")
+    expected = quantize_checkpoint(src, tmp_path / "expected").destination
+
+    made = environment.command("quantize", str(src), str(tmp_path / "made"))
+    verified = environment.command("verify", str(tmp_path / "made"), "--against", str(src))
+
+    assert (made.returncode, verified.returncode) == (0, 0), made.stderr + verified.stderr
+    assert environment.prints("import torch; print(torch.__version__)").startswith(torch)
+    shards = sorted(path.name for path in expected.glob("*.safetensors"))
+    assert shards
+    for name in shards:
+        assert (tmp_path / "made" / name).read_bytes() == (expected / name).read_bytes()
+    shutil.rmtree(environment.folder)
