@@ -39,8 +39,8 @@ from rich.table import Table
 
 from nxdi_expertscale import cli
 from nxdi_expertscale.checkpoint import quantize
-from nxdi_expertscale.checkpoint.parallel import Progress
 from nxdi_expertscale.checkpoint.write.staging import WORK
+from nxdi_expertscale.display.progress import Progress
 from tests.harness import checkpoints, processes
 
 INDEX = "model.safetensors.index.json"

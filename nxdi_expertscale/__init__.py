@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from nxdi_expertscale.activation import activate, deactivate, status
 from nxdi_expertscale.errors import (
     CheckpointError,
+    CheckpointInUseError,
     ConfigurationError,
     ExpertScaleError,
     IncompatibleUpstreamError,
 )
 from nxdi_expertscale.families.declaration import DecoderTraits, MoEFamily, Stacking
-from nxdi_expertscale.families.limits import Limit
+from nxdi_expertscale.families.limits import Effect, Limit
 from nxdi_expertscale.families.linears import RenamedLinear, attention_linears
 from nxdi_expertscale.hooking.patch import Patch, SeamStatus, State
 from nxdi_expertscale.plugins.hookspecs import hookimpl
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "CheckpointInUseError",
     "ConfigurationError",
     "DecoderTraits",
+    "Effect",
     "ExpertScaleError",
     "IncompatibleUpstreamError",
     "Limit",

@@ -6,6 +6,10 @@ The composition root: it hands the patches that :mod:`nxdi_expertscale.plugins` 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from nxdi_expertscale.display.results import Shown, Table
 from nxdi_expertscale.hooking.engine import engine
 from nxdi_expertscale.hooking.locks import fork_safe_lock
 from nxdi_expertscale.hooking.patch import SeamStatus
@@ -38,14 +42,30 @@ def deactivate() -> None:
         _active_plugins = ()
 
 
-def status() -> tuple[SeamStatus, ...]:
+class Seams(Shown, tuple[SeamStatus, ...]):
+    """The state of each seam: a tuple that shows itself."""
+
+    __slots__ = ()
+
+    def facts(self) -> Mapping[str, str]:
+        """How many seams there are, and in each state."""
+        states = Counter(str(seam.state) for seam in self)
+        return {"seams": str(len(self)), **{state: str(n) for state, n in states.items()}}
+
+    def tables(self) -> Sequence[Table]:
+        """The state of each."""
+        rows = tuple((seam.seam, str(seam.state), seam.reason) for seam in self)
+        return [Table("Seams", ("seam", "state", "reason"), rows, names=frozenset({1, 2}))]
+
+
+def status() -> Seams:
     """The state of each seam, with the reason where it is not simply applied.
 
     Example:
         >>> for seam in nxdi_expertscale.status():
         ...     print(seam.seam, seam.state, seam.reason)
     """
-    return engine.status()
+    return Seams(engine.status())
 
 
 def active_plugins() -> tuple[str, ...]:

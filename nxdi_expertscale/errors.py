@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 LONGEST_LINE = 2000
 """Characters of an error that are shown. Names in it are anyone's and may be megabytes long."""
 
@@ -31,6 +34,35 @@ class CheckpointInUseError(CheckpointError):
 
 class IncompatibleUpstreamError(ExpertScaleError):
     """The feature is asked for, and the installed NxDI is not one that can be patched for it."""
+
+
+_options_are_named = False
+
+
+@contextmanager
+def naming_options() -> Iterator[None]:
+    """Let messages name options of the command line instead of parameters of functions."""
+    global _options_are_named  # noqa: PLW0603
+    before, _options_are_named = _options_are_named, True
+    try:
+        yield
+    finally:
+        _options_are_named = before
+
+
+def parameter(name: str, value: str | None = None) -> str:
+    """A setting as whoever reads a message has to write it.
+
+    Args:
+        name: The name of the function's parameter, such as ``overwrite``.
+        value: What it is to be set to; not for the command line, where it is a flag or is known.
+
+    Returns:
+        ``overwrite=True`` or, within :func:`naming_options`, ``--overwrite``.
+    """
+    if _options_are_named:
+        return f"--{name.replace('_', '-')}"
+    return name if value is None else f"{name}={value}"
 
 
 def damaged(where: object, what: str) -> CheckpointError:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from rich import filesize
 
-from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores, for_each
+from nxdi_expertscale.checkpoint.parallel import Meter, available_cores, for_each
 from nxdi_expertscale.checkpoint.read.chunks import Chunk, chunks_of
 from nxdi_expertscale.checkpoint.read.model import Model, open_model
 from nxdi_expertscale.checkpoint.read.tensor_reader import TensorReader
 from nxdi_expertscale.checkpoint.read.values import ValueReader
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, manifest_of
+from nxdi_expertscale.display.progress import Progress, showing
+from nxdi_expertscale.display.results import Shown, Table, listed
+from nxdi_expertscale.errors import counted
 from nxdi_expertscale.families.tensor_names import ExpertTensor
 from nxdi_expertscale.numerics import fp8, scales
 from nxdi_expertscale.sources.locate import open_source
@@ -39,12 +43,12 @@ class LayerSpread:
     layer: int
     spread: float
     shared_scale_error: float
-    experts: tuple[float, ...]
-    projections: Mapping[str, tuple[float, ...]]
+    experts: tuple[float, ...] = field(repr=False)
+    projections: Mapping[str, tuple[float, ...]] = field(repr=False)
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
     """What a checkpoint is.
 
     Attributes:
@@ -70,6 +74,37 @@ class Inspection:
     layers: tuple[LayerSpread, ...]
     below_floor: tuple[str, ...]
 
+    def facts(self) -> Mapping[str, str]:
+        """What it is, and of what."""
+        dtypes = (f"{dtype} {filesize.decimal(size)}" for dtype, size in self.dtypes.items())
+        facts = {
+            "checkpoint": str(self.folder),
+            "model": self.model_type,
+            "weights": f"{self.scheme or 'full precision'} ({', '.join(dtypes)})",
+        }
+        if self.made_by is not None:
+            facts["made by"] = f"nxdi-expertscale {self.made_by}"
+        facts["experts"] = (
+            f"{self.num_experts} in {'each of ' if len(self.layers) > 1 else ''}"
+            f"{counted(len(self.layers), 'layer')}"
+        )
+        if self.below_floor:
+            facts["too small for FP8"] = listed(self.below_floor)
+        return facts
+
+    def tables(self) -> Sequence[Table]:
+        """How far the scales of each layer's experts lie apart."""
+        return [
+            Table(
+                "Scales of the experts",
+                ("layer", "largest over smallest", "error of one shared scale"),
+                tuple(
+                    (str(layer.layer), f"{layer.spread:.2f}", f"{layer.shared_scale_error:.1%}")
+                    for layer in self.layers
+                ),
+            )
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
@@ -91,7 +126,7 @@ def inspect_checkpoint(
     *,
     workers: int | None = None,
     spool: Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> Inspection:
     """Read the experts of a checkpoint, quantized or not, and compare their scales.
 
@@ -99,7 +134,8 @@ def inspect_checkpoint(
         folder: Any checkpoint that ``quantize`` reads, or has made.
         workers: Threads; by default as many as there are cores for this process.
         spool: Folder for what is read of a checkpoint that is not on this host.
-        progress: Called with the bytes that are done, and all of them.
+        progress: Called with the bytes that are done, and all of them. By default a bar is shown
+            in a terminal or a notebook; False shows none.
 
     Raises:
         CheckpointError: It is not a checkpoint of a supported model.
@@ -107,9 +143,12 @@ def inspect_checkpoint(
     Example:
         >>> [layer.spread for layer in inspect_checkpoint("Qwen3-30B-A3B").layers]
     """
-    with open_source(folder, spool=spool) as source:
+    with (
+        open_source(folder, spool=spool) as source,
+        showing(progress, "reading") as report,
+    ):
         model = open_model(source)
-        measured, below_floor = _measure_experts(model, workers or available_cores(), progress)
+        measured, below_floor = _measure_experts(model, workers or available_cores(), report)
         made_by = manifest_of(source).version if source.has(MANIFEST) else None
     dtypes: dict[str, int] = defaultdict(int)
     for tensor in model.files.tensors.values():

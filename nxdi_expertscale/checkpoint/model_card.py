@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nxdi_expertscale.checkpoint.quantization_error import LayerError
+from nxdi_expertscale.checkpoint.quantization_error import LayerError, decibels
 from nxdi_expertscale.checkpoint.read.model import open_model
 from nxdi_expertscale.checkpoint.write.manifest import read_manifest
 from nxdi_expertscale.errors import counted
@@ -97,16 +97,12 @@ def _error_parts(errors: Sequence[LayerError]) -> list[str]:
     if not errors:
         return []
     rows = [
-        f"| {error.layer} | {_decibels(error.snr_db)} | `{error.worst_tensor}` | "
-        f"{_decibels(error.worst_snr_db)} |"
+        f"| {error.layer} | {decibels(error.snr_db)} | `{error.worst_tensor}` | "
+        f"{decibels(error.worst_snr_db)} |"
         for error in errors
     ]
     head = ["| layer | signal to noise | worst weight | its own |", "|---|---:|---|---:|"]
     return ["## Error of the weights", "\n".join([*head, *rows])]
-
-
-def _decibels(value: float | None) -> str:
-    return "exact" if value is None else f"{value:.1f} dB"
 
 
 def _metadata(base_model: str, original: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,13 @@ from nxdi_expertscale.checkpoint.read.model import Model, open_model
 from nxdi_expertscale.checkpoint.upstream_limits import warn_of_limits
 from nxdi_expertscale.checkpoint.write.manifest import read_manifest
 from nxdi_expertscale.checkpoint.write.plan import effective_exclusions
-from nxdi_expertscale.errors import ConfigurationError
+from nxdi_expertscale.display.results import Shown
+from nxdi_expertscale.errors import ConfigurationError, parameter
 from nxdi_expertscale.families.exclusions import expand_exclusions
 
 
 @dataclass(frozen=True)
-class NeuronSettings:
+class NeuronSettings(Shown):
     """Settings for a finished folder.
 
     Attributes:
@@ -27,6 +29,10 @@ class NeuronSettings:
 
     neuron_config: dict[str, Any]
     override_neuron_config: dict[str, Any]
+
+    def facts(self) -> Mapping[str, str]:
+        """The keywords of ``MoENeuronConfig``, as they are written in Python."""
+        return {name: repr(value) for name, value in self.neuron_config.items()}
 
 
 def neuron_settings(
@@ -102,13 +108,13 @@ def _parallelism(tp_degree: int | None, moe_ep_degree: int | None, experts: int)
         return {}
     if tp_degree is None or tp_degree % moe_ep_degree:
         raise ConfigurationError(
-            f"moe_ep_degree={moe_ep_degree} spreads the experts over a part of the ranks; set "
-            f"tp_degree to a multiple of {moe_ep_degree} as well"
+            f"{parameter('moe_ep_degree')}: {moe_ep_degree} spreads the experts over a part of the "
+            f"ranks; set {parameter('tp_degree')} to a multiple of {moe_ep_degree} as well"
         )
     if experts % moe_ep_degree:
         raise ConfigurationError(
-            f"moe_ep_degree={moe_ep_degree} does not divide a layer's {experts} experts; use one "
-            "that does"
+            f"{parameter('moe_ep_degree')}: {moe_ep_degree} does not divide a layer's {experts} "
+            "experts; use one that does"
         )
     # NxDI multiplies the two, and takes 1 for what is not set.
     return {"moe_ep_degree": moe_ep_degree, "moe_tp_degree": tp_degree // moe_ep_degree}

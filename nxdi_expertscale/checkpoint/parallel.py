@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
+from nxdi_expertscale.display.progress import Progress
+
 MAX_WORKERS = 32
 """More gain nothing: Python's own part of the work is done by one thread at a time."""
 
 Item = TypeVar("Item")
-
-Progress = Callable[[int, int], None]
-"""Called with how much is done and how much there is: bytes, layers, or steps of training."""
 
 
 def available_cores() -> int:

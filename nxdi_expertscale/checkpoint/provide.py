@@ -114,7 +114,9 @@ def provide_checkpoint(
     while not is_provided(source, folder, modules_to_not_convert):
         _logger.info("quantizing %s to %s", source, folder)
         try:
-            quantize_checkpoint(source, folder, modules_to_not_convert=modules_to_not_convert)
+            quantize_checkpoint(
+                source, folder, modules_to_not_convert=modules_to_not_convert, progress=False
+            )
         except CheckpointInUseError as error:
             _logger.info("waiting: %s", error)
             time.sleep(poll_seconds)

@@ -83,6 +83,11 @@ class ErrorSums:
         return tuple(errors)
 
 
+def decibels(snr_db: float | None) -> str:
+    """A signal to noise of a :class:`LayerError` as a text."""
+    return "exact" if snr_db is None else f"{snr_db:.1f} dB"
+
+
 def _energy(values: torch.Tensor) -> float:
     flat = values.view(-1)
     return float(torch.dot(flat, flat))

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import filesize
+
 from nxdi_expertscale.checkpoint.json_files import render_json
-from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores
+from nxdi_expertscale.checkpoint.parallel import Meter, available_cores
 from nxdi_expertscale.checkpoint.read.auxiliary import find_auxiliary_files, read_auxiliary_file
 from nxdi_expertscale.checkpoint.read.files import (
     CONFIG,
@@ -36,14 +38,16 @@ from nxdi_expertscale.checkpoint.write.provenance import (
     source_records,
 )
 from nxdi_expertscale.checkpoint.write.staging import Staging, digests_of_tensors
-from nxdi_expertscale.errors import ConfigurationError
+from nxdi_expertscale.display.progress import Progress, showing
+from nxdi_expertscale.display.results import Shown, listed
+from nxdi_expertscale.errors import ConfigurationError, counted, parameter
 from nxdi_expertscale.families.exclusions import parse_exclusions
 from nxdi_expertscale.sources.locate import open_source
 from nxdi_expertscale.version import __version__
 
 
-@dataclass(frozen=True)
-class QuantizationResult:
+@dataclass(frozen=True, repr=False)
+class QuantizationResult(Shown):
     """What a run made.
 
     Attributes:
@@ -73,6 +77,25 @@ class QuantizationResult:
     code_left_out: tuple[str, ...]
     mtp_left_out: int
 
+    def facts(self) -> Mapping[str, str]:
+        """What was made, from what, and what is to be known of it."""
+        facts = {
+            "checkpoint": str(self.destination),
+            "before": filesize.decimal(self.source_bytes),
+            "after": f"{filesize.decimal(self.output_bytes)} in {counted(self.shards, 'file')}",
+            "time": f"{self.seconds:.1f} s",
+            **{kind: counted(number, "tensor") for kind, number in self.tensors.items()},
+        }
+        if self.modules_to_not_convert:
+            facts["in full precision"] = listed(self.modules_to_not_convert)
+        if self.mtp_left_out:
+            facts["left out (MTP)"] = counted(self.mtp_left_out, "tensor")
+        if self.resumed_shards:
+            facts["from an earlier run"] = counted(self.resumed_shards, "file")
+        if self.below_floor:
+            facts["too small for FP8"] = listed(self.below_floor)
+        return facts
+
 
 def quantize_checkpoint(
     src: str | os.PathLike[str],
@@ -84,7 +107,7 @@ def quantize_checkpoint(
     keep_mtp: bool = False,
     spool: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> QuantizationResult:
     """Make an FP8 checkpoint with one scale for each output channel of each expert.
 
@@ -109,7 +132,8 @@ def quantize_checkpoint(
             time, and for the files that are on their way to S3, up to four; by default the
             system's for temporary files.
         max_shard_bytes: Size of the files of weights.
-        progress: Called with bytes of the source that are done, and all of them.
+        progress: Called with bytes of the source that are done, and all of them. By default a bar
+            is shown in a terminal or a notebook; False shows none.
 
     Raises:
         CheckpointError: The source is malformed or not supported, the destination is taken, or
@@ -124,7 +148,10 @@ def quantize_checkpoint(
     check_settings(modules_to_not_convert, workers, max_shard_bytes)
     destination = open_destination(dst, spool)
 
-    with open_source(src, spool=spool) as opened:
+    with (
+        open_source(src, spool=spool) as opened,
+        showing(progress, "quantizing") as report,
+    ):
         # 1. Open the source: its config, the headers of its files, its weights and their scales.
         source = open_model(opened, keep_mtp=keep_mtp)
         warn_of_limits(source)
@@ -158,7 +185,7 @@ def quantize_checkpoint(
                     plan.shards,
                     staging,
                     workers=workers or available_cores(),
-                    meter=Meter(plan.source_bytes, progress),
+                    meter=Meter(plan.source_bytes, report),
                 )
 
                 below_floor = tuple(sorted(n for r in records.values() for n in r.below_floor))
@@ -235,6 +262,8 @@ def check_settings(
     """
     parse_exclusions(modules_to_not_convert)
     if workers is not None and workers < 1:
-        raise ConfigurationError(f"workers: {workers} threads do nothing; give 1 or more")
+        raise ConfigurationError(
+            f"{parameter('workers')}: {workers} threads do nothing; give 1 or more"
+        )
     if max_shard_bytes < 1:
         raise ConfigurationError(f"max_shard_bytes: {max_shard_bytes} is no size; give 1 or more")

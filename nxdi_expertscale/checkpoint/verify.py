@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +15,13 @@ from nxdi_expertscale.checkpoint.digests import digest_source_file
 from nxdi_expertscale.checkpoint.finished import find_changed_files
 from nxdi_expertscale.checkpoint.manifest_check import find_manifest_faults
 from nxdi_expertscale.checkpoint.origin import mismatch_of
-from nxdi_expertscale.checkpoint.parallel import Meter, Progress, available_cores, for_each
-from nxdi_expertscale.checkpoint.quantization_error import MIN_SNR_DB, ErrorSums, LayerError
+from nxdi_expertscale.checkpoint.parallel import Meter, available_cores, for_each
+from nxdi_expertscale.checkpoint.quantization_error import (
+    MIN_SNR_DB,
+    ErrorSums,
+    LayerError,
+    decibels,
+)
 from nxdi_expertscale.checkpoint.read.chunks import Chunk, chunks_of
 from nxdi_expertscale.checkpoint.read.model import Model, open_model
 from nxdi_expertscale.checkpoint.read.tensor_reader import TensorReader
@@ -30,7 +35,9 @@ from nxdi_expertscale.checkpoint.write.manifest import (
 )
 from nxdi_expertscale.checkpoint.write.plan import effective_exclusions
 from nxdi_expertscale.checkpoint.write.stray_weights import find_stray_weights
-from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.display.progress import Progress, showing
+from nxdi_expertscale.display.results import Shown, Table
+from nxdi_expertscale.errors import CheckpointError, counted, parameter
 from nxdi_expertscale.families.exclusions import Exclusions
 from nxdi_expertscale.numerics import fp8
 from nxdi_expertscale.sources.locate import is_remote, open_source
@@ -50,8 +57,8 @@ class Fault:
     what: str
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Shown):
     """The result of a verification.
 
     Attributes:
@@ -70,6 +77,46 @@ class Verification:
     layers: tuple[LayerError, ...]
     warnings: tuple[Fault, ...]
 
+    def facts(self) -> Mapping[str, str]:
+        """Whether it is good, and how much was checked."""
+        facts = {
+            "checkpoint": str(self.folder),
+            "verdict": counted(len(self.faults), "fault") if self.faults else "good",
+            "checked": f"{counted(self.files, 'file')}, "
+            f"{counted(self.quantized, 'quantized weight')}",
+        }
+        if self.faults:
+            facts["first fault"] = f"{self.faults[0].where}: {self.faults[0].what}"
+        if self.warnings:
+            facts["warnings"] = str(len(self.warnings))
+        return facts
+
+    def tables(self) -> Sequence[Table]:
+        """What is wrong, what should be known, and the error of each layer."""
+        of_faults = (
+            Table(title, ("where", "what"), tuple((f.where, f.what) for f in found), frozenset({1}))
+            for title, found in (("Faults", self.faults), ("Warnings", self.warnings))
+            if found
+        )
+        return (*of_faults, *([self.error_table()] if self.layers else []))
+
+    def error_table(self) -> Table:
+        """The error of each layer."""
+        return Table(
+            "Error against the source",
+            ("layer", "signal to noise", "worst tensor", "its own"),
+            tuple(
+                (
+                    layer.layer,
+                    decibels(layer.snr_db),
+                    layer.worst_tensor,
+                    decibels(layer.worst_snr_db),
+                )
+                for layer in self.layers
+            ),
+            names=frozenset({2}),
+        )
+
 
 def verify_checkpoint(
     folder: str | os.PathLike[str],
@@ -77,7 +124,7 @@ def verify_checkpoint(
     *,
     workers: int | None = None,
     spool: Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> Verification:
     """Check a folder that ``quantize`` finished.
 
@@ -86,7 +133,8 @@ def verify_checkpoint(
         against: The checkpoint that it was made from, to compare every value with.
         workers: Threads; by default as many as there are cores for this process.
         spool: Folder for what is read of a checkpoint that is not on this host.
-        progress: Called with the bytes that are done, and all of them.
+        progress: Called with the bytes that are done, and all of them. By default a bar is shown
+            in a terminal or a notebook; False shows none.
 
     Returns:
         Everything that is wrong with the folder, and with a source the error of each layer.
@@ -106,7 +154,8 @@ def verify_checkpoint(
         source = None
         if against is not None:
             source = opened.enter_context(open_source(against, spool=spool))
-        return _verify(place, source, workers or available_cores(), progress)
+        report = opened.enter_context(showing(progress, "verifying"))
+        return _verify(place, source, workers or available_cores(), report)
 
 
 def _verify(
@@ -240,7 +289,7 @@ def _floor_warnings(names: Iterable[str]) -> tuple[Fault, ...]:
     what = (
         f"has channels of magnitudes below {fp8.MIN_SCALE * fp8.SMALLEST_NORMAL:.2g}, of which "
         f"FP8 with NxD's smallest scale ({fp8.MIN_SCALE:g}) keeps little; if they matter, keep the "
-        "module in full precision (modules_to_not_convert)"
+        f"module in full precision ({parameter('modules_to_not_convert')})"
     )
     return tuple(Fault(name, what) for name in sorted(names))
 

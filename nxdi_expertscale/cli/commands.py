@@ -263,6 +263,7 @@ def quantize(
     from nxdi_expertscale.checkpoint import quantize_checkpoint
     from nxdi_expertscale.cli import tables
     from nxdi_expertscale.cli.progress import progress_bar
+    from nxdi_expertscale.display.results import listed
 
     if is_dry_run:
         from nxdi_expertscale.checkpoint import run_dry
@@ -292,7 +293,7 @@ def quantize(
             progress=progress,
         )
     if result.code_left_out:
-        print_message(f"{src}: code is not copied: {tables.listed(result.code_left_out)}")
+        print_message(f"{src}: code is not copied: {listed(result.code_left_out)}")
     try:
         print_report(to_json(result) if as_json else tables.quantization_summary(result))
     except OSError as error:
@@ -523,13 +524,13 @@ def evaluate(
     computed on a CPU; the experts are read one by one, so a model need not fit in memory.
     """
     from nxdi_expertscale.cli import plots, tables
-    from nxdi_expertscale.cli.progress import STEPS, progress_bar
+    from nxdi_expertscale.cli.progress import progress_bar
     from nxdi_expertscale.evaluation.evaluate import evaluate_checkpoint
 
     if plot is not None:
         plots.check_file(plot)
     _announce_spool(spool, src, dst)
-    with progress_bar("evaluating", STEPS) as progress:
+    with progress_bar("evaluating", in_bytes=False) as progress:
         result = evaluate_checkpoint(
             src, dst, text=text, tokens=tokens, spool=spool, progress=progress
         )
@@ -546,13 +547,11 @@ def demo(*, as_json: bool) -> None:
     The model is trained, quantized, verified and measured on any machine. It is kept in the
     user's cache, so a second run takes seconds.
     """
-    from functools import partial
-
     from nxdi_expertscale.cli import plots, tables
-    from nxdi_expertscale.cli.progress import STEPS, progress_bar
+    from nxdi_expertscale.cli.progress import progress_bar
     from nxdi_expertscale.evaluation import demo
 
-    result = demo.run(partial(progress_bar, measure=STEPS))
+    result = demo.run(progress_bar)
     if as_json:
         print_report(to_json(result))
     elif not plots.can_be_drawn():

@@ -24,7 +24,7 @@ from nxdi_expertscale.cli.output import (
     print_on_stderr,
     warnings_as_messages,
 )
-from nxdi_expertscale.errors import ExpertScaleError, one_line
+from nxdi_expertscale.errors import ExpertScaleError, naming_options, one_line
 
 _Handler = Callable[[int, FrameType | None], object] | int
 
@@ -51,7 +51,11 @@ def main(arguments: list[str] | None = None, command: click.Command = cli) -> No
     invocation = Invocation()
     try:
         # A service that is stopped ends as one at a keyboard that is interrupted.
-        with warnings_as_messages(), _on_signals(signal.default_int_handler, signal.SIGTERM):
+        with (
+            warnings_as_messages(),
+            naming_options(),
+            _on_signals(signal.default_int_handler, signal.SIGTERM),
+        ):
             given = sys.argv[1:] if arguments is None else arguments
             status = _run(command, given, invocation)
     except BaseException as error:  # A panic of a library in Rust is no Exception.

@@ -44,7 +44,7 @@ def check_vllm(settings: NeuronSettings, model: Model) -> None:
     # vLLM: config/model.py, verify_with_parallel_config.
     if heads is not None and heads % degree:
         raise ConfigurationError(
-            f"tp_degree={degree} for {heads} heads: vLLM takes degrees alone that divide the "
+            f"--tp-degree {degree} for {heads} heads: vLLM takes degrees alone that divide the "
             f"model's heads; use one of {', '.join(map(str, _divisors(heads)))}"
         )
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from nxdi_expertscale.cli import tables
 from nxdi_expertscale.errors import ConfigurationError, printable, shorten
 
 if TYPE_CHECKING:
@@ -149,7 +148,7 @@ def draw_evaluation(result: Evaluation, file: Path) -> None:
 
     figure = _figure(10, 4)
     layers, perplexities = figure.subplots(1, 2, width_ratios=(3, 2))
-    kinds = tables.by_kind_of_scales(result)
+    kinds = result.kinds()
     for (name, measured), colour in zip(kinds.items(), (_EXPERT_WISE, _AVERAGED), strict=True):
         numbers, errors = zip(*measured.layer_errors.items(), strict=True)
         layers.plot(numbers, errors, marker="o", color=colour, label=f"scales: {name}")

@@ -5,53 +5,32 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import IO, TYPE_CHECKING, Any, cast
-
-from rich import filesize
-from rich import progress as bars
-from rich.console import Console
 
 from nxdi_expertscale.cli.output import print_message
-
-if TYPE_CHECKING:
-    from nxdi_expertscale.checkpoint.parallel import Progress
-
-BYTES = (bars.DownloadColumn(), bars.TransferSpeedColumn())
-"""What a bar shows of work that is measured in bytes."""
-
-STEPS = (bars.MofNCompleteColumn(),)
-"""What a bar shows of work that is measured in steps."""
+from nxdi_expertscale.display.progress import Pace, Progress, TerminalBar
 
 
 @contextmanager
-def progress_bar(what: str, measure: Sequence[bars.ProgressColumn] = BYTES) -> Iterator[Progress]:
+def progress_bar(what: str, *, in_bytes: bool = True) -> Iterator[Progress]:
     """Show a bar with what is done and the time left; where stderr is no terminal, lines with it.
-
-    A terminal that is closed meanwhile ends the bar and not the work.
 
     Args:
         what: The work, a word or two.
-        measure: What to show of the amounts: :data:`BYTES` or :data:`STEPS`.
+        in_bytes: Whether amounts are bytes; otherwise they are steps.
 
     Yields:
         A function to call with what is done and the total.
     """
     if sys.stderr is None or not sys.stderr.isatty():
-        yield LogLines(what, in_bytes=measure is BYTES)
+        yield LogLines(what, in_bytes=in_bytes)
         return
-    console = Console(file=cast(IO[str], _Terminal(sys.stderr)))
-    columns = (
-        bars.TextColumn("[progress.description]{task.description}"),
-        bars.BarColumn(),
-        *measure,
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, console=console) as shown:
-        task = shown.add_task(what, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+    bar = TerminalBar(what, in_bytes=in_bytes, stream=sys.stderr)
+    try:
+        yield bar
+    finally:
+        bar.close()
 
 
 class LogLines:
@@ -76,44 +55,17 @@ class LogLines:
             write: Takes each line.
             clock: Gives seconds.
         """
-        self._what, self._write, self._clock = what, write, clock
-        self._amount = filesize.decimal if in_bytes else "{:,}".format
+        self._what, self._write = what, write
+        self._pace = Pace(in_bytes=in_bytes, clock=clock)
         self._lock = threading.Lock()
-        self._started = self._shown_at = clock()
+        self._shown_at = self._pace.started
         self._shown = 0
 
     def __call__(self, done: int, total: int) -> None:
         """Write a line if it is time for one; any thread may call it."""
         with self._lock:
-            tenth, now = 10 * done // max(total, 1), self._clock()
+            tenth, now = 10 * done // max(total, 1), self._pace.clock()
             if tenth <= self._shown or now - self._shown_at < self._SECONDS:
                 return
             self._shown, self._shown_at = tenth, now
-        rate = done / (now - self._started)
-        left = timedelta(seconds=round((total - done) / rate))
-        self._write(
-            f"{self._what}: {100 * done // total}%, {self._amount(done)} of {self._amount(total)}, "
-            f"{self._amount(round(rate))} a second, {left} left"
-        )
-
-
-class _Terminal:
-    """A stream that takes everything, also once the terminal behind it has been closed."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError:
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError:
-            return
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        self._write(f"{self._what}: {self._pace.describe(done, total)}")

@@ -4,51 +4,30 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from rich import filesize
+from rich import table as rich
 from rich.console import Console
-from rich.table import Table
 
-from nxdi_expertscale.errors import counted, printable, shorten
+from nxdi_expertscale.display.results import MOST_LAYERS, Shown, Table, first, line, listed
+from nxdi_expertscale.errors import counted
 
 if TYPE_CHECKING:
     from nxdi_expertscale.checkpoint import DryRun, Inspection, QuantizationResult, Verification
     from nxdi_expertscale.diagnostics.doctor import Examination
-    from nxdi_expertscale.evaluation.comparison import Metrics
     from nxdi_expertscale.evaluation.demo import Demo
     from nxdi_expertscale.evaluation.evaluate import Evaluation
-
-MOST_NAMES = 8
-"""Names that are listed in a line."""
 
 MOST_FAULTS = 50
 """Faults that are listed."""
 
-MOST_LAYERS = 256
-"""Layers that a table lists: more than any real model has."""
-
-_Row = TypeVar("_Row")
-
 
 def quantization_summary(result: QuantizationResult) -> str:
     """Format what ``quantize`` made, in a few lines."""
-    rows = {
-        "before": filesize.decimal(result.source_bytes),
-        "after": f"{filesize.decimal(result.output_bytes)} in {counted(result.shards, 'file')}",
-        "time": f"{result.seconds:.1f} s",
-        **{kind: counted(number, "tensor") for kind, number in result.tensors.items()},
-    }
-    if result.modules_to_not_convert:
-        rows["in full precision"] = listed(result.modules_to_not_convert)
-    if result.mtp_left_out:
-        rows["left out (MTP)"] = counted(result.mtp_left_out, "tensor")
-    if result.resumed_shards:
-        rows["from an earlier run"] = counted(result.resumed_shards, "file")
-    if result.below_floor:
-        rows["too small for FP8"] = listed(result.below_floor)
-    return f"{result.destination}\n{_pairs(rows)}"
+    return _summary(result)
 
 
 def dry_run_summary(found: DryRun) -> str:
@@ -76,12 +55,12 @@ def dry_run_summary(found: DryRun) -> str:
         f"{_duration(found.seconds)} to convert ({rate}/s with {counted(found.workers, 'thread')}, "
         "measured now); longer where reading or writing is slower"
     )
-    lines = [f"{_line(str(found.destination))} (nothing is written)", _pairs(rows)]
+    lines = [f"{line(str(found.destination))} (nothing is written)", _pairs(rows)]
     lines.append("Not quantized")
     for kept in found.in_full_precision:
         count = f"{counted(kept.tensors, 'tensor')}, {filesize.decimal(kept.nbytes)}"
-        lines.append(_line(f"  {count}: {kept.reason}"))
-    lines += [_line(f"warning: {limit}") for limit in found.limits]
+        lines.append(line(f"  {count}: {kept.reason}"))
+    lines += [line(f"warning: {limit}") for limit in found.limits]
     return "\n".join(lines)
 
 
@@ -106,67 +85,40 @@ def examination(found: Examination) -> str:
         ("Model", found.model),
     ]
     parts = [f"{title}\n{_pairs(rows, indent=2)}" for title, rows in sections if rows]
-    parts += [f"warning: {_line(warning)}" for warning in found.warnings]
-    parts += [f"problem: {_line(problem)}" for problem in found.problems]
+    parts += [f"warning: {line(warning)}" for warning in found.warnings]
+    parts += [f"problem: {line(problem)}" for problem in found.problems]
     return "\n\n".join([*parts, found.verdict])
 
 
 def verification_summary(result: Verification) -> str:
     """Format what ``verify`` found: the faults, the error of each layer, the verdict last."""
-    shown, rest = _first(result.faults, MOST_FAULTS)
-    lines = [_line(f"{fault.where}: {fault.what}") for fault in shown]
+    shown, rest = first(result.faults, MOST_FAULTS)
+    lines = [line(f"{fault.where}: {fault.what}") for fault in shown]
     if rest:
         lines.append(f"and {rest} more faults; --json lists them all")
-    shown, rest = _first(result.warnings, MOST_FAULTS)
-    lines += [_line(f"warning: {warning.where}: {warning.what}") for warning in shown]
+    shown, rest = first(result.warnings, MOST_FAULTS)
+    lines += [line(f"warning: {warning.where}: {warning.what}") for warning in shown]
     if rest:
         lines.append(f"and {rest} more warnings; --json lists them all")
     if result.layers:
-        table = Table("layer", title="Error against the source")
-        table.add_column("signal to noise", justify="right")
-        table.add_column("worst tensor", overflow="fold")
-        table.add_column("its own", justify="right")
-        layers, rest = _first(result.layers, MOST_LAYERS)
-        for layer in layers:
-            table.add_row(
-                layer.layer,
-                _decibels(layer.snr_db),
-                _line(layer.worst_tensor),
-                _decibels(layer.worst_snr_db),
-            )
-        lines.append(_rendered(table) + _more_layers(rest))
+        lines.append(_layers(result.error_table()))
     verdict = counted(len(result.faults), "fault") if result.faults else "good"
     lines.append(
-        f"{_line(str(result.folder))}: {verdict} "
+        f"{line(str(result.folder))}: {verdict} "
         f"({counted(result.files, 'file')}, {counted(result.quantized, 'quantized weight')})"
     )
     return "\n".join(lines)
 
 
-def _decibels(value: float | None) -> str:
-    return "exact" if value is None else f"{value:.1f} dB"
-
-
 def inspection_summary(result: Inspection) -> str:
     """Format what ``inspect`` found."""
-    facts = Table(show_header=False, box=None, pad_edge=False)
-    facts.add_row("model", _line(result.model_type))
-    facts.add_row("weights", result.scheme or "full precision")
-    for dtype, nbytes in result.dtypes.items():
-        facts.add_row("", f"{dtype} {filesize.decimal(nbytes)}")
-    if result.made_by is not None:
-        facts.add_row("made by", _line(f"nxdi-expertscale {result.made_by}"))
-    facts.add_row("experts", f"{result.num_experts} in each of {len(result.layers)} layers")
-    if result.below_floor:
-        facts.add_row("too small for FP8", listed(result.below_floor))
-    table = Table("layer", title="Scales of the experts")
-    table.add_column("largest over smallest", justify="right")
-    table.add_column("error of one shared scale", justify="right")
-    layers, rest = _first(result.layers, MOST_LAYERS)
-    for layer in layers:
-        table.add_row(str(layer.layer), f"{layer.spread:.2f}", f"{layer.shared_scale_error:.1%}")
-    folder = _line(str(result.folder))
-    return f"{folder}\n{_rendered(facts)}\n{_rendered(table)}{_more_layers(rest)}"
+    return "\n".join([_summary(result), *map(_layers, result.tables())])
+
+
+def _summary(result: Shown) -> str:
+    """The place of a checkpoint, and what else there is to say of it."""
+    facts = dict(result.facts())
+    return f"{line(facts.pop('checkpoint'))}\n{_pairs(facts)}"
 
 
 def demo_summary(result: Demo, picture: str) -> str:
@@ -201,56 +153,36 @@ def demo_summary(result: Demo, picture: str) -> str:
 
 def evaluation_table(result: Evaluation, title: str | None = None) -> str:
     """Format the original beside the quantized checkpoint with each kind of scales."""
-    table = Table("FP8 scales", title=title, title_justify="left")
-    for column in ("perplexity", "KL, nats", "same top-1", "experts' error"):
-        table.add_column(column, justify="right")
-    table.add_row("none (original)", f"{result.perplexity:.4g}", "", "", "")
-    for name, measured in by_kind_of_scales(result).items():
-        change = measured.perplexity / result.perplexity - 1
-        errors = measured.layer_errors.values()
-        table.add_row(
-            name,
-            f"{measured.perplexity:.4g} ({change:+.2%})",
-            f"{measured.kl_divergence:.2g}",
-            f"{measured.top1_agreement:.1%}",
-            f"{100 * min(errors):.3g}% to {100 * max(errors):.3g}%",
-        )
-    where = f"{result.tokens} tokens of {_line(result.text)}, {result.sequence} at a time"
-    return f"{_rendered(table)}\n{where}; {result.seconds:.0f} s"
+    (table,) = result.tables()
+    where = f"{result.tokens} tokens of {line(result.text)}, {result.sequence} at a time"
+    return f"{_rendered(_table(table, title))}\n{where}; {result.seconds:.0f} s"
 
 
-def by_kind_of_scales(result: Evaluation) -> dict[str, Metrics]:
-    """What was measured with each kind of scales, by the name that people read."""
-    return {"one per expert": result.expert_wise, "one, averaged": result.averaged}
+def _layers(table: Table) -> str:
+    """Format a table with a row for each layer."""
+    rows, rest = first(table.rows, MOST_LAYERS)
+    more = f"\nand {rest} more layers; --json lists them all" if rest else ""
+    return _rendered(_table(replace(table, rows=tuple(rows)), table.title)) + more
 
 
-def listed(names: Sequence[str]) -> str:
-    """Format names as a list in one line, the first :data:`MOST_NAMES` of them."""
-    shown, rest = _first(names, MOST_NAMES)
-    return ", ".join(map(_line, shown)) + (f" and {rest} more" if rest else "")
-
-
-def _first(items: Sequence[_Row], most: int) -> tuple[Sequence[_Row], int]:
-    """The first of some items, and how many are left out."""
-    return items[:most], max(0, len(items) - most)
-
-
-def _more_layers(count: int) -> str:
-    return f"\nand {count} more layers; --json lists them all" if count else ""
-
-
-def _line(text: str) -> str:
-    return shorten(printable(text))
+def _table(table: Table, title: str | None) -> rich.Table:
+    shown = rich.Table(title=title, title_justify="left")
+    for number, column in enumerate(table.columns):
+        is_name = table.holds_names(number)
+        shown.add_column(column, justify="left" if is_name else "right", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*map(line, row))
+    return shown
 
 
 def _pairs(rows: Mapping[str, str], indent: int = 0) -> str:
-    table = Table(show_header=False, box=None, pad_edge=False)
+    table = rich.Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows.items():
-        table.add_row(" " * indent + _line(name), _line(value))
+        table.add_row(" " * indent + line(name), line(value))
     return _rendered(table)
 
 
-def _rendered(table: Table) -> str:
+def _rendered(table: rich.Table) -> str:
     """Format a table as text, as wide as the terminal, in characters that stdout can show."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     buffer = io.TextIOWrapper(io.BytesIO(), encoding, "backslashreplace", newline="\n")

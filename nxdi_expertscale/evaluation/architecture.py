@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from nxdi_expertscale.checkpoint.read.config import ModelConfig
-from nxdi_expertscale.errors import CheckpointError, damaged
+from nxdi_expertscale.errors import CheckpointError, damaged, parameter
 from nxdi_expertscale.families.declaration import MoEFamily
 
 EMBEDDINGS = "embed_tokens.weight"
@@ -127,7 +127,7 @@ def derive_architecture(config: ModelConfig, family: MoEFamily) -> Architecture:
     if traits is None:
         raise CheckpointError(
             f"{config.where}: a model of the family {family.name} cannot be computed here; the "
-            "errors of its weights are measured by 'nxdi-expertscale verify DST --against SRC'"
+            f"errors of its weights are measured by verify with {parameter('against')}"
         )
     _check_supported(config, "rope_scaling", config.rope_type, "default")
     _check_supported(config, "hidden_act", config.hidden_act, "silu")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
-from nxdi_expertscale.checkpoint.parallel import Progress
+from nxdi_expertscale.display.progress import Progress
 from nxdi_expertscale.evaluation import decoder
 from nxdi_expertscale.evaluation.architecture import Architecture
 from nxdi_expertscale.evaluation.decoder import Weights
@@ -37,7 +37,7 @@ class Metrics:
     perplexity: float
     kl_divergence: float
     top1_agreement: float
-    layer_errors: dict[int, float]
+    layer_errors: dict[int, float] = field(repr=False)
 
 
 @dataclass(frozen=True)

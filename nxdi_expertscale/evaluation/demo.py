@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import filelock
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint, verify_checkpoint
-from nxdi_expertscale.checkpoint.parallel import Progress
 from nxdi_expertscale.checkpoint.user_cache import user_cache
+from nxdi_expertscale.display.progress import Progress
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.evaluation import small_model
 from nxdi_expertscale.evaluation.evaluate import Evaluation, evaluate_checkpoint
@@ -29,8 +29,17 @@ TOKENS = 32768
 
 HELD_OUT = "held-out.txt"
 
-Bar = Callable[[str], AbstractContextManager[Progress]]
-"""Makes a progress bar for a task."""
+
+class Bar(Protocol):
+    """Makes a progress bar for a task."""
+
+    def __call__(self, what: str, *, in_bytes: bool) -> AbstractContextManager[Progress]:
+        """Make a bar.
+
+        Args:
+            what: The work, a word or two.
+            in_bytes: Whether amounts are bytes; otherwise they are steps.
+        """
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ def _make_models(folder: Path, corpus: small_model.Corpus, bar: Bar) -> None:
     unfinished, spread = folder / "unfinished", folder / "spread"
     for new in (unfinished, spread):
         new.mkdir(exist_ok=True)
-    with bar("training") as progress:
+    with bar("training", in_bytes=False) as progress:
         small_model.make(unfinished, CONFIG, corpus, RECIPE, progress)
     small_model.spread_experts(unfinished, spread, SPREAD)
     # Last, and at once: where this folder is, all that belongs to it is.
@@ -93,11 +102,13 @@ def _make_models(folder: Path, corpus: small_model.Corpus, bar: Bar) -> None:
 
 def _measure(folder: Path, name: str, bar: Bar) -> Evaluation:
     model, quantized = folder / name, folder / f"{name}-fp8"
-    quantize_checkpoint(model, quantized, overwrite=True)
-    faults = verify_checkpoint(quantized, model).faults
+    with bar("quantizing", in_bytes=True) as progress:
+        quantize_checkpoint(model, quantized, overwrite=True, progress=progress)
+    with bar("verifying", in_bytes=True) as progress:
+        faults = verify_checkpoint(quantized, model, progress=progress).faults
     if faults:
         raise CheckpointError(f"{faults[0].where}: {faults[0].what}")
-    with bar("evaluating") as progress:
+    with bar("evaluating", in_bytes=False) as progress:
         return evaluate_checkpoint(
             model, quantized, text=folder / HELD_OUT, tokens=TOKENS, progress=progress
         )

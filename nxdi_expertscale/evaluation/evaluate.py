@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from nxdi_expertscale.checkpoint.parallel import Progress
 from nxdi_expertscale.checkpoint.read.files import CONFIG
 from nxdi_expertscale.checkpoint.read.model import Model, open_model
+from nxdi_expertscale.display.progress import Progress, showing
+from nxdi_expertscale.display.results import Shown, Table
 from nxdi_expertscale.errors import CheckpointError, damaged, incomplete
 from nxdi_expertscale.evaluation.architecture import (
     LM_HEAD,
@@ -37,8 +39,8 @@ TOKENS = 2048
 LONGEST_SEQUENCE = 512
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """An original, its quantized checkpoint, and what averaged scales would make of that.
 
     Attributes:
@@ -63,6 +65,45 @@ class Evaluation:
     averaged: Metrics
     seconds: float
 
+    def kinds(self) -> dict[str, Metrics]:
+        """What was measured with each kind of scales, by the name that people read."""
+        return {"one per expert": self.expert_wise, "one, averaged": self.averaged}
+
+    def facts(self) -> Mapping[str, str]:
+        """What was compared, and on what."""
+        return {
+            "original": str(self.source),
+            "checkpoint": str(self.destination),
+            "text": f"{self.tokens} tokens of {self.text}, {self.sequence} at a time",
+            "KL from the original": f"{self.expert_wise.kl_divergence:.2g} nats, "
+            f"{self.averaged.kl_divergence:.2g} with averaged scales",
+            "time": f"{self.seconds:.0f} s",
+        }
+
+    def tables(self) -> Sequence[Table]:
+        """The original beside the quantized checkpoint with each kind of scales."""
+        return [
+            Table(
+                "What quantization changes",
+                ("FP8 scales", "perplexity", "KL, nats", "same top-1", "experts' error"),
+                (
+                    ("none (original)", f"{self.perplexity:.4g}", "", "", ""),
+                    *(self._row(name, measured) for name, measured in self.kinds().items()),
+                ),
+            )
+        ]
+
+    def _row(self, name: str, measured: Metrics) -> tuple[str, ...]:
+        change = measured.perplexity / self.perplexity - 1
+        errors = measured.layer_errors.values()
+        return (
+            name,
+            f"{measured.perplexity:.4g} ({change:+.2%})",
+            f"{measured.kl_divergence:.2g}",
+            f"{measured.top1_agreement:.1%}",
+            f"{100 * min(errors):.3g}% to {100 * max(errors):.3g}%",
+        )
+
 
 def evaluate_checkpoint(
     src: str | os.PathLike[str],
@@ -71,7 +112,7 @@ def evaluate_checkpoint(
     text: str | os.PathLike[str] | None = None,
     tokens: int = TOKENS,
     spool: Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> Evaluation:
     """Measure what quantization changed.
 
@@ -81,7 +122,8 @@ def evaluate_checkpoint(
         text: A file in UTF-8; Python's own documentation if none is given.
         tokens: How many tokens of it to predict at most.
         spool: Folder for what is read of a checkpoint that is not on this host.
-        progress: Called with the layers that are done, and all of them, over all three models.
+        progress: Called with the layers that are done, and all of them, over all three models. By
+            default a bar is shown in a terminal or a notebook; False shows none.
 
     Raises:
         CheckpointError: A checkpoint is malformed or not supported, or they do not belong
@@ -92,8 +134,12 @@ def evaluate_checkpoint(
         >>> found = evaluate_checkpoint("Qwen3-30B-A3B", "Qwen3-30B-A3B-FP8")
         >>> found.expert_wise.kl_divergence, found.averaged.kl_divergence
     """
-    with open_source(src, spool=spool) as original, open_source(dst, spool=spool) as made:
-        return _evaluate(original, made, text, tokens, progress)
+    with (
+        open_source(src, spool=spool) as original,
+        open_source(dst, spool=spool) as made,
+        showing(progress, "evaluating", in_bytes=False) as report,
+    ):
+        return _evaluate(original, made, text, tokens, report)
 
 
 def _evaluate(

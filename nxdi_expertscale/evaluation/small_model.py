@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from nxdi_expertscale.checkpoint.parallel import Progress
 from nxdi_expertscale.checkpoint.read.config import read_config
 from nxdi_expertscale.checkpoint.read.files import CONFIG, SINGLE_FILE
 from nxdi_expertscale.checkpoint.read.model import open_model
+from nxdi_expertscale.display.progress import Progress
 from nxdi_expertscale.evaluation import decoder
 from nxdi_expertscale.evaluation.architecture import EMBEDDINGS, LM_HEAD, derive_architecture
 from nxdi_expertscale.families.built_in import QWEN3_MOE

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from nxdi_expertscale.checkpoint.read.auxiliary import read_auxiliary_file
-from nxdi_expertscale.errors import CheckpointError, ConfigurationError
+from nxdi_expertscale.errors import CheckpointError, ConfigurationError, parameter
 from nxdi_expertscale.evaluation.tokenizer import encode
 from nxdi_expertscale.sources.source import Source
 
@@ -53,7 +53,7 @@ def python_documentation(tokens: int) -> str:
     except ImportError:
         raise ConfigurationError(
             "this Python was installed without its documentation (pydoc_data), which is the text "
-            "that is measured on if none is given; name a file with --text"
+            f"that is measured on if none is given; name a file with {parameter('text')}"
         ) from None
     text = "\n".join(topics[name] for name in sorted(topics))
     return text[: tokens * _CHARACTERS_PER_TOKEN]

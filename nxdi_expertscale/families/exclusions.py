@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from nxdi_expertscale.errors import ConfigurationError
+from nxdi_expertscale.errors import ConfigurationError, parameter
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.layer_names import LayerNames, NameInLayer
 from nxdi_expertscale.families.linears import RenamedLinear
@@ -36,7 +36,8 @@ class PartOfFused:
 
     def to_error(self) -> ConfigurationError:
         """The error to raise for it."""
-        return ConfigurationError(f"{self.problem}; {self.remedy}".format_map(asdict(self)))
+        problem = self.problem.replace(SETTING, parameter(SETTING))
+        return ConfigurationError(f"{problem}; {self.remedy}".format_map(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,16 @@ def parse_exclusions(value: object) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, str):
-        raise ConfigurationError(f"{SETTING}: is one string; give a list of names, [{value!r}]")
+        raise ConfigurationError(
+            f"{parameter(SETTING)}: is one string; give a list of names, [{value!r}]"
+        )
     if not isinstance(value, Collection) or not all(isinstance(name, str) for name in value):
-        raise ConfigurationError(f"{SETTING}: must be a list of names, not {value!r}")
+        raise ConfigurationError(f"{parameter(SETTING)}: must be a list of names, not {value!r}")
     names = tuple(str(name) for name in value)
     if not all(map(is_name, names)):
-        raise ConfigurationError(f"{SETTING}: an empty name would exclude every module; remove it")
+        raise ConfigurationError(
+            f"{parameter(SETTING)}: an empty name would exclude every module; remove it"
+        )
     return names
 
 

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator
 
-from nxdi_expertscale.errors import ConfigurationError
+from nxdi_expertscale.errors import ConfigurationError, parameter
 from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.families.exclusions import SETTING
 from nxdi_expertscale.families.layer_names import LayerPath, Side, digit_runs
@@ -34,7 +34,7 @@ def check_names(
         if not known.have_part(bare) and name not in family.full_precision:
             near = difflib.get_close_matches(bare, known.parts_like(bare), n=3)
             raise ConfigurationError(
-                f"{SETTING}: {name!r} is no part of any module's name; "
+                f"{parameter(SETTING)}: {name!r} is no part of any module's name; "
                 + (f"did you mean {' or '.join(map(repr, near))}?" if near else "remove it")
             )
 

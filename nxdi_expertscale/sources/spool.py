@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nxdi_expertscale.errors import CheckpointError
+from rich import filesize
+
+from nxdi_expertscale.errors import CheckpointError, parameter
 
 BLOCK_BYTES = 16 << 20
 MAX_BLOCKS = 128
@@ -90,18 +92,21 @@ class Spool:
         except OSError as error:
             raise CheckpointError(
                 f"{self._folder}: the spool cannot be written there ({error.strerror}); name "
-                "another folder with --spool"
+                f"another folder with {parameter('spool')}"
             ) from None
         self._fetchers = ThreadPoolExecutor(FETCHERS, "fetch")
 
     def _check_space(self, nbytes: int) -> None:
         if not self._folder.is_dir():
-            raise CheckpointError(f"{self._folder}: is not a folder; name another with --spool")
+            raise CheckpointError(
+                f"{self._folder}: is not a folder; name another with {parameter('spool')}"
+            )
         free = shutil.disk_usage(self._folder).free
         if nbytes > free:
             raise CheckpointError(
-                f"{self._folder}: the spool needs {nbytes / 1e9:.2f} GB and {free / 1e9:.2f} GB "
-                "are free; free some space or name a folder on another disk with --spool"
+                f"{self._folder}: the spool needs {filesize.decimal(nbytes)} and "
+                f"{filesize.decimal(free)} are free; free some space or name a folder on another "
+                f"disk with {parameter('spool')}"
             )
 
     def holds(self, name: str, offset: int) -> bool:
@@ -190,7 +195,7 @@ class Spool:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             return CheckpointError(
                 f"{self._folder}: the disk of the spool is full; free some space, or name another "
-                "folder with --spool, and run the same again"
+                f"folder with {parameter('spool')}, and run the same again"
             )
         return CheckpointError(
             f"{self._folder}: the spool cannot be written ({error.strerror}); check the disk"

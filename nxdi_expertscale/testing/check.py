@@ -131,8 +131,8 @@ def check_family(
             if reference is not None
             else in_full_precision(source, scratch / "original")
         )
-        quantize_checkpoint(source, target)
-        verification = verify_checkpoint(target, source)
+        quantize_checkpoint(source, target, progress=False)
+        verification = verify_checkpoint(target, source, progress=False)
         stack.enter_context(one_rank())
         way = _Way(application, config_cls, make_config, {"seq_len": SEQUENCE, **settings})
         unquantized = way.load(original, quantized=False)

@@ -160,7 +160,7 @@ def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["--tp-degree", "3"], "tp_degree=3 for 4 heads with 2 heads of keys and values"),
         (["--tp-degree", "3", "--format", "nxdi"], "use a tp_degree that divides 2"),
-        (["--tp-degree", "8", "--format", "vllm"], "tp_degree=8 for 4 heads: vLLM takes degrees"),
+        (["--tp-degree", "8", "--format", "vllm"], "--tp-degree 8 for 4 heads: vLLM takes degrees"),
         (["--moe-ep-degree", "2"], "set tp_degree to a multiple of 2 as well"),
         (["--moe-ep-degree", "2", "--tp-degree", "3"], "set tp_degree to a multiple of 2"),
         (["--moe-ep-degree", "3", "--tp-degree", "6"], "does not divide a layer's 4 experts"),

@@ -24,7 +24,7 @@ ROWS = (
     ("loading",),
     ("settings", "checkpoint"),
     ("plugins", "sources"),
-    ("families",),
+    ("families", "display"),
     ("numerics", "hooking"),
 )
 """The rooms from the top to the bottom; one imports those in rows below its own."""

@@ -229,7 +229,7 @@ def test_without_the_client_the_extra_is_named(
 
 
 def test_a_spool_that_is_no_folder_is_refused(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere: is not a folder; name another with --sp"):
+    with pytest.raises(CheckpointError, match="nowhere: is not a folder; name another with spool"):
         quantize_checkpoint(MODEL, tmp_path / "dst", spool=tmp_path / "nowhere")
 
 

@@ -210,4 +210,4 @@ def test_empty_variable_turns_everything_off_in_a_new_process() -> None:
         check=True,
     )
 
-    assert (done.stdout, done.stderr) == ("()\n", "")
+    assert (done.stdout, done.stderr) == ("<Seams seams: 0>\n", "")

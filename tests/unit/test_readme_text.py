@@ -129,6 +129,7 @@ def test_every_block_is_one_that_a_test_runs() -> None:
         "loaded 2 layers": "tests/server/test_serve.py",
         "curl": "tests/cli/test_readme.py",
         "import nxdi_expertscale": "tests/cli/test_readme.py",
+        "from nxdi_expertscale import": "tests/unit/test_results.py",
         "inference_demo --model-type": "tests/cli/test_readme.py",
         "NXDI_PLUGINS= ": "tests/cli/test_startup.py, the variable and the uninstallation",
         "cli          →": "tests/unit/test_rooms.py",

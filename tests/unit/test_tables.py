@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nxdi_expertscale.checkpoint.verify import Fault, LayerError, Verification
 from nxdi_expertscale.cli import output, tables
+from nxdi_expertscale.display import results
 
 STEERING = "\x1b[2J\r\n/dst: good \u202e[bold]"
 
@@ -47,5 +48,5 @@ def test_json_is_whole_and_safe() -> None:
 
 
 def test_list_of_names_is_one_line() -> None:
-    assert tables.listed(["a", STEERING]) == r"a, \x1b[2J\r\n/dst: good \u202e[bold]"
-    assert tables.listed([str(n) for n in range(20_000)]).endswith("and 19992 more")
+    assert results.listed(["a", STEERING]) == r"a, \x1b[2J\r\n/dst: good \u202e[bold]"
+    assert results.listed([str(n) for n in range(20_000)]).endswith("and 19992 more")

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from rich import filesize
+
 from nxdi_expertscale.checkpoint.read.model import Model
 from nxdi_expertscale.checkpoint.write.folder_staging import FolderStaging, is_complete
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, read_manifest
 from nxdi_expertscale.checkpoint.write.staging import WORK, Staging
 from nxdi_expertscale.checkpoint.write.stray_weights import find_stray_weights
-from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.errors import CheckpointError, parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def check_destination(source: Model, destination: Path, *, overwrite: bool) -> N
         if not overwrite:
             raise CheckpointError(
                 f"{destination}: is a finished checkpoint; name another folder, or overwrite it "
-                "with --overwrite"
+                f"with {parameter('overwrite', 'True')}"
             )
         _check_no_stray_weights(destination)
     elif any(path.name != WORK for path in destination.iterdir()):
@@ -162,8 +164,9 @@ def check_space(nbytes: int, destination: Destination) -> None:
     space = destination.space(nbytes)
     if not space.is_enough:
         raise CheckpointError(
-            f"{destination.path}: needs {space.needed / 1e9:.2f} GB and {space.free / 1e9:.2f} GB "
-            "are free; free some space or name a folder on another disk"
+            f"{destination.path}: needs {filesize.decimal(space.needed)} and "
+            f"{filesize.decimal(space.free)} are free; free some space or name a folder on another "
+            "disk"
         )
 
 

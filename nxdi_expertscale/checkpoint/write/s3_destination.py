@@ -13,7 +13,7 @@ from nxdi_expertscale.checkpoint.write.plan import MAX_OPEN_SHARDS, MAX_SHARD_BY
 from nxdi_expertscale.checkpoint.write.s3_staging import S3Folder, S3Staging
 from nxdi_expertscale.checkpoint.write.staging import WORK, Staging
 from nxdi_expertscale.checkpoint.write.stray_weights import find_stray_weights
-from nxdi_expertscale.errors import CheckpointError
+from nxdi_expertscale.errors import CheckpointError, parameter
 from nxdi_expertscale.sources.s3 import Prefix, connect, parse_prefix
 from nxdi_expertscale.sources.spool import spool_folder
 
@@ -43,7 +43,7 @@ class S3Destination:
                 if not overwrite:
                     raise CheckpointError(
                         f"{self.path}: is a finished checkpoint; name another prefix, or overwrite "
-                        "it with --overwrite"
+                        f"it with {parameter('overwrite', 'True')}"
                     )
                 self._check_no_stray_weights(found)
             elif found.names():
