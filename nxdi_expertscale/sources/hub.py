@@ -124,7 +124,7 @@ class _Hub:
                     f"{self.path}/{name}: the server does not give a part of a file; download the "
                     "model and name its folder"
                 )
-            yield _pieces(response)
+            yield _chunks(response)
 
     def cached(self, name: str) -> Path | None:
         """A file of the Hub's cache, of this very commit."""
@@ -201,7 +201,7 @@ def _get(session: Any, url: str, headers: Mapping[str, str]) -> Iterator[Any]:
         yield response
 
 
-def _pieces(response: Any) -> Iterator[bytes]:
+def _chunks(response: Any) -> Iterator[bytes]:
     if hasattr(response, "iter_content"):
         yield from response.iter_content(_PIECE_BYTES)
     else:

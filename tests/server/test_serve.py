@@ -21,13 +21,15 @@ from tests.server.serving import serve
 COMMAND = shlex.split(readme.block("bash", "vllm serve").replace("\\\n", " "))
 QUESTION = readme.block("bash", "/v1/completions")
 MODEL = COMMAND[2]
+ARTIFACTS = "neuron-compiled-artifacts"
+"""Where vLLM-Neuron compiles to, in the folder of the model."""
 FOLDER = readme.vllm_override()["quantized_checkpoints_path"]
 
 
 @pytest.fixture
 def place(host: Host, moe: Path) -> Path:
-    """A folder that holds the model under the README's name."""
-    shutil.copytree(moe, host.folder / MODEL)
+    """A folder that holds the model under the README's name, and nothing that was compiled."""
+    shutil.copytree(moe, host.folder / MODEL, ignore=shutil.ignore_patterns(ARTIFACTS))
     return host.folder
 
 
@@ -43,7 +45,7 @@ def test_readmes_command(host: Host, place: Path, answers: Answers) -> None:
         assert tokens_of(json.loads(said.stdout)["choices"][0]["text"])
         (line,) = server.lines("FP8 experts")
     made = state(place / FOLDER)
-    compiled = next((place / MODEL / "neuron-compiled-artifacts").iterdir())
+    (compiled,) = (place / MODEL / ARTIFACTS).iterdir()
 
     assert len(pieces) > 1
     assert tokens_of("".join(pieces)) == expected[1]
