@@ -80,8 +80,8 @@ def judge(found: Probe, model: ModelReport | None = None) -> Examination:
     findings = [
         *check_packages(versions),
         *(check_vllm(versions) if found.vllm_neuron_uses_nxdi else ()),
-        *check_imports(found),
-        *check_seams(found),
+        *check_imports(found, versions),
+        *check_seams(found, versions, model.family if model is not None else None),
         *check_ways_in(found, has_vllm=has_vllm),
         *check_device(),
         *(model.findings if model is not None else ()),

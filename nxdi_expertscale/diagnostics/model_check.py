@@ -18,6 +18,7 @@ from nxdi_expertscale.checkpoint.write.plan import make_plan
 from nxdi_expertscale.diagnostics.findings import Finding, problem, warning
 from nxdi_expertscale.diagnostics.serving import check_serving
 from nxdi_expertscale.errors import ExpertScaleError
+from nxdi_expertscale.families.declaration import MoEFamily
 
 _SHARD_BYTES = 1_000_000_000
 
@@ -29,10 +30,12 @@ class ModelReport:
     Attributes:
         rows: What it is and takes, by name, as people read it.
         findings: What is wrong with it, or with this host for it.
+        family: Its family, if it could be opened.
     """
 
     rows: dict[str, str]
     findings: tuple[Finding, ...]
+    family: MoEFamily | None
 
 
 def examine_model(path: Path) -> ModelReport:
@@ -46,7 +49,7 @@ def examine_model(path: Path) -> ModelReport:
         is_finished = (path / MANIFEST).is_file()
         nbytes = model.files.nbytes if is_finished else make_plan(model, (), _SHARD_BYTES).nbytes
     except ExpertScaleError as error:
-        return ModelReport({}, (problem(str(error)),))
+        return ModelReport({}, (problem(str(error)),), None)
     size = filesize.decimal(nbytes)
     rows = {
         "model": str(path),
@@ -59,7 +62,7 @@ def examine_model(path: Path) -> ModelReport:
     findings += _check_memory(nbytes, rows)
     if not is_finished:
         findings += _check_disk(nbytes, path, rows)
-    return ModelReport(rows, tuple(findings))
+    return ModelReport(rows, tuple(findings), model.family)
 
 
 def _check_settings(model: Model, path: Path, *, is_finished: bool) -> list[Finding]:

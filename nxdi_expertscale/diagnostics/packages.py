@@ -20,12 +20,14 @@ from nxdi_expertscale.version import __version__
 
 NXDI = "neuronx-distributed-inference"
 NXD = "neuronx-distributed"
+TORCH = "torch"
 TORCH_NEURONX = "torch-neuronx"
+TORCH_XLA = "torch-xla"
 VLLM = "vllm"
 VLLM_NEURON = "vllm-neuron"
 NEURON_INDEX = "https://pip.repos.neuron.amazonaws.com"
 
-_DISTRIBUTIONS = ("torch", "transformers", NXDI, NXD, TORCH_NEURONX, VLLM, VLLM_NEURON)
+_DISTRIBUTIONS = (TORCH, "transformers", NXDI, NXD, TORCH_NEURONX, TORCH_XLA, VLLM, VLLM_NEURON)
 
 
 def installed_versions(from_sources: Mapping[str, str]) -> dict[str, str | None]:
@@ -49,7 +51,7 @@ def installed_versions(from_sources: Mapping[str, str]) -> dict[str, str | None]
 
 
 def check_packages(versions: Mapping[str, str | None]) -> Iterator[Finding]:
-    """Check that the packages are the real ones, and belong together.
+    """Check that the packages are the real ones, and of releases that were tested.
 
     Args:
         versions: What :func:`installed_versions` gave.
@@ -60,20 +62,51 @@ def check_packages(versions: Mapping[str, str | None]) -> Iterator[Finding]:
                 f"{name} {versions[name]} is the public index's placeholder, not the real "
                 f"package; pip uninstall {name}, and install it from {NEURON_INDEX}"
             )
-    if versions["torch"] is None:
+    if versions[TORCH] is None:
         yield problem("torch is not installed; install the one that NxDI asks for")
-    nxdi, nxd = versions[NXDI], versions[NXD]
-    if nxdi is None:
-        return
-    release = release_of(nxdi)
-    if release is None:
+    nxdi = versions[NXDI]
+    if nxdi is not None and release_of(nxdi) is None:
         yield _of_no_tested_release(nxdi)
-    elif nxd is not None and minor_version(nxd) != release.nxd:
-        yield warning(
-            f"NxDI {nxdi} belongs to NxD {release.nxd} (Neuron SDK {release.sdk}), and NxD {nxd} "
-            f"is installed; pip install --extra-index-url {NEURON_INDEX} "
-            f"'{NXD}=={release.nxd}.*'"
+
+
+def find_mismatches(versions: Mapping[str, str | None]) -> Iterator[str]:
+    """Which of Neuron's packages do not belong together, and the command that mends it.
+
+    Args:
+        versions: What :func:`installed_versions` gave.
+    """
+    nxd, release = versions[NXD], release_of(versions[NXDI])
+    if release is not None and nxd is not None and minor_version(nxd) != release.nxd:
+        yield (
+            f"NxDI {versions[NXDI]} belongs to NxD {release.nxd} (Neuron SDK {release.sdk}), and "
+            f"NxD {nxd} is installed; {install_command(NXD, versions)}"
         )
+    torch = versions[TORCH]
+    for name in (TORCH_NEURONX, TORCH_XLA):
+        built = versions[name]
+        # Both begin with the version of the torch that they were built for.
+        if torch and built and minor_version(built) != minor_version(torch):
+            # torch-neuronx asks for the torch and the torch-xla that it was built for.
+            mending = TORCH_NEURONX if versions[TORCH_NEURONX] else name
+            wanted = minor_version(versions[mending])
+            yield (
+                f"{name} {built} was built for torch {minor_version(built)}, and torch {torch} is "
+                f"installed; pip install --extra-index-url {NEURON_INDEX} '{mending}=={wanted}.*'"
+            )
+            return
+
+
+def install_command(name: str, versions: Mapping[str, str | None]) -> str:
+    """The command that installs a package of Neuron's: of NxD, the one that NxDI belongs to.
+
+    Args:
+        name: The distribution's name.
+        versions: What :func:`installed_versions` gave.
+    """
+    release = release_of(versions[NXDI])
+    if name == NXD and release is not None:
+        name = f"'{NXD}=={release.nxd}.*'"
+    return f"pip install --extra-index-url {NEURON_INDEX} {name}"
 
 
 def check_vllm(versions: Mapping[str, str | None]) -> Iterator[Finding]:

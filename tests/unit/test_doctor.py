@@ -10,9 +10,12 @@ import pytest
 
 from nxdi_expertscale.activation import status
 from nxdi_expertscale.diagnostics import doctor, packages, probe
+from nxdi_expertscale.diagnostics.model_check import ModelReport
 from nxdi_expertscale.diagnostics.probe import Probe
 from nxdi_expertscale.diagnostics.releases import Release
+from nxdi_expertscale.families.declaration import MoEFamily
 from nxdi_expertscale.hooking.patch import SeamStatus, State
+from nxdi_expertscale.plugins.registry import families_in_force
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +167,8 @@ def unreachable(reasons: Mapping[str, str]) -> Probe:
     [
         ("torch_xla", "torch_xla is not installed; pip install --extra-index-url"),
         ("torch_neuronx.xla_impl", "repos.neuron.amazonaws.com torch-neuronx"),
-        ("neuronx_distributed", "neuronx_distributed is not installed; pip install --extra"),
+        ("neuronx_distributed", "neuron.amazonaws.com 'neuronx-distributed==0.18.*'"),
+        ("nkilib.core", "neuron.amazonaws.com neuronx-cc"),
         ("neuronx_distributed.trace", "parts of neuronx_distributed are missing; pip install"),
         ("scipy", "scipy is not installed; pip install scipy"),
     ],
@@ -195,3 +199,106 @@ def test_nxd_of_another_release_has_the_command_that_mends_it() -> None:
     (warning,) = doctor.judge(healthy("0.9.0", nxd="0.17.3+abc")).warnings
 
     assert warning.endswith("'neuronx-distributed==0.18.*'")
+
+
+def test_mismatch_is_the_cause_of_what_cannot_be_imported() -> None:
+    """One problem, and not one for each module and seam that it breaks."""
+    reasons = {
+        probe.NXDI: "ImportError: cannot import name 'KVQuantizationConfig'",
+        "": "AttributeError: no convert",
+    }
+    found = unreachable(reasons)
+    misfit = SeamStatus("quantization", "m", "f", State.INCOMPATIBLE, "other arguments")
+    versions = {probe.NXDI: "0.9.0", probe.NXD: "0.14.0"}
+
+    answer = doctor.judge(
+        dataclasses.replace(found, seams=(*found.seams, misfit), versions=versions)
+    )
+
+    (told,) = answer.problems
+    assert told.startswith("NxDI 0.9.0 belongs to NxD 0.18 (Neuron SDK 2.29), and NxD 0.14.0 is")
+    assert "'neuronx-distributed==0.18.*' (seen in this: " in told
+    assert answer.warnings == ()
+
+
+def test_missing_package_is_told_beside_a_mismatch() -> None:
+    found = unreachable({"": "ModuleNotFoundError: No module named 'torch_xla'"})
+    versions = {probe.NXDI: "0.9.0", probe.NXD: "0.14.0"}
+
+    answer = doctor.judge(dataclasses.replace(found, versions=versions))
+
+    assert [text.partition(";")[0][-26:] for text in answer.problems] == [
+        "torch_xla is not installed"
+    ]
+    assert "belongs to NxD 0.18" in answer.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("installed", "says"),
+    [
+        (
+            {"torch": "2.13.0+cpu", "torch-neuronx": "2.8.0.2.10.13553", "torch-xla": "2.8.1"},
+            "torch-neuronx 2.8.0.2.10.13553 was built for torch 2.8, and torch 2.13.0+cpu is "
+            "installed; pip install --extra-index-url https://pip.repos.neuron.amazonaws.com "
+            "'torch-neuronx==2.8.*'",
+        ),
+        (
+            {"torch": "2.8.0", "torch-neuronx": "2.8.0.2.10", "torch-xla": "2.7.0"},
+            "torch-xla 2.7.0 was built for torch 2.7, and torch 2.8.0 is installed; pip install "
+            "--extra-index-url https://pip.repos.neuron.amazonaws.com 'torch-neuronx==2.8.*'",
+        ),
+        ({"torch": "2.8.0", "torch-neuronx": "2.8.0.2.10", "torch-xla": "2.8.1"}, None),
+        ({"torch": "2.8.0", "torch-neuronx": None, "torch-xla": None}, None),
+    ],
+)
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_closed_packages_of_another_torch_are_one_finding(
+    install: Callable[..., None], installed: dict[str, str], says: str | None, is_broken: bool
+) -> None:
+    install(**{name.replace("-", "_"): version for name, version in installed.items()})
+    broken = unreachable({"": "ImportError: _XLAC.so: undefined symbol: _ZN2at"})
+
+    answer = doctor.judge(broken if is_broken else healthy("0.9.0"))
+
+    if says is None:
+        assert answer.works != is_broken and answer.warnings == ()
+    elif is_broken:
+        (problem,) = answer.problems
+        assert problem.startswith(f"{says} (seen in this: ")
+        assert "undefined symbol" in problem
+    else:
+        assert (answer.works, answer.warnings) == (True, (says,))
+
+
+def model_of(family: MoEFamily) -> ModelReport:
+    return ModelReport({}, (), family)
+
+
+def family_named(name: str) -> MoEFamily:
+    return next(family for family in families_in_force() if family.name == name)
+
+
+def test_nxdi_without_the_model_is_a_no_for_this_model_alone() -> None:
+    module = f"{probe.NXDI}.models.llama4.modeling_llama4_text"
+    qwen = SeamStatus("state_dict:qwen3_moe", "m", "convert", State.APPLIED, "")
+    llama = SeamStatus("state_dict:llama4", module, "convert", State.WAITING, "")
+    failures = {module: f"ModuleNotFoundError: No module named '{module}'"}
+    found = dataclasses.replace(healthy("0.9.0"), seams=(qwen, llama), failures=failures)
+
+    of_llama, of_qwen = (
+        doctor.judge(found, model_of(family_named(name))) for name in ("llama4", "qwen3_moe")
+    )
+
+    assert (of_llama.works, of_qwen.works) == (False, True)
+    assert f"{module} cannot be imported" in of_llama.problems[0]
+
+
+def test_contributed_model_has_to_bring_its_code() -> None:
+    seam = SeamStatus("state_dict:glm4_moe", "*.modeling_glm4_moe", "f", State.WAITING, "")
+    found = dataclasses.replace(healthy("0.9.0"), seams=(seam,))
+
+    answer = doctor.judge(found, model_of(family_named("glm4_moe")))
+
+    assert answer.works
+    (warning,) = answer.warnings
+    assert "modeling_glm4_moe.py of its contribution" in warning
