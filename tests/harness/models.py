@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     Llama4Config,
@@ -51,6 +53,8 @@ def save_qwen3_moe(
         experts: Number of experts in each layer, of which a token goes through two.
         settings: What its config has instead of the small sizes.
     """
+    if not transformers.__version__.startswith("4."):
+        pytest.skip("NxDI quantizes what transformers 4 holds in memory, each expert by itself")
     torch.manual_seed(2)
     usual = {
         **_COMMON,

@@ -48,12 +48,16 @@ def test_it_loads_as_the_dequantized_model(
     src = checkpoints.save(tmp_path / "src", form(checkpoints.tensors()), config=config)
     dst = quantize_checkpoint(src, tmp_path / "dst", modules_to_not_convert=excluded).destination
     keep_activations(dst)
-    reference = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**checkpoints.CONFIG))
-    reference.float().load_state_dict(by_hand(dst))
+    dequantized = checkpoints.save(tmp_path / "dequantized", by_hand(dst))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(dequantized, dtype=torch.float32)
     tokens = torch.arange(1, 33)[None]
 
     model = transformers.AutoModelForCausalLM.from_pretrained(dst, dtype=torch.float32)
 
+    # transformers 5 leaves experts that are not quantized in the dtype of the file.
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, reference(tokens).logits)
 
