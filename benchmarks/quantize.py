@@ -38,6 +38,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 OURS = """
 import sys
+import torch
 from nxdi_expertscale import quantize_checkpoint
 print("STEP", quantize_checkpoint(sys.argv[1], sys.argv[2]).seconds)
 """

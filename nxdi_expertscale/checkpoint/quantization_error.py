@@ -6,8 +6,10 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 OUTSIDE_LAYERS = "head"
 """What stands for a layer where a tensor belongs to none."""
@@ -90,7 +92,7 @@ def decibels(snr_db: float | None) -> str:
 
 def _energy(values: torch.Tensor) -> float:
     flat = values.view(-1)
-    return float(torch.dot(flat, flat))
+    return float(flat.dot(flat))
 
 
 def _finite(value: float) -> float | None:

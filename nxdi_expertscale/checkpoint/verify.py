@@ -9,24 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from nxdi_expertscale.checkpoint.digests import digest_source_file
+from nxdi_expertscale.checkpoint.faults import Fault
 from nxdi_expertscale.checkpoint.finished import find_changed_files
 from nxdi_expertscale.checkpoint.manifest_check import find_manifest_faults
-from nxdi_expertscale.checkpoint.origin import mismatch_of
-from nxdi_expertscale.checkpoint.parallel import Meter, available_cores, for_each
-from nxdi_expertscale.checkpoint.quantization_error import (
-    MIN_SNR_DB,
-    ErrorSums,
-    LayerError,
-    decibels,
-)
-from nxdi_expertscale.checkpoint.read.chunks import Chunk, chunks_of
+from nxdi_expertscale.checkpoint.parallel import available_cores
+from nxdi_expertscale.checkpoint.quantization_error import LayerError, decibels
 from nxdi_expertscale.checkpoint.read.model import Model, open_model
-from nxdi_expertscale.checkpoint.read.tensor_reader import TensorReader
-from nxdi_expertscale.checkpoint.read.tensors import Weight
-from nxdi_expertscale.checkpoint.read.values import TORCH_DTYPES, ValueReader
 from nxdi_expertscale.checkpoint.write.manifest import (
     MANIFEST,
     Manifest,
@@ -37,24 +26,10 @@ from nxdi_expertscale.checkpoint.write.plan import effective_exclusions
 from nxdi_expertscale.checkpoint.write.stray_weights import find_stray_weights
 from nxdi_expertscale.display.progress import Progress, showing
 from nxdi_expertscale.display.results import Shown, Table
-from nxdi_expertscale.errors import CheckpointError, counted, parameter
+from nxdi_expertscale.errors import CheckpointError, counted
 from nxdi_expertscale.families.exclusions import Exclusions
-from nxdi_expertscale.numerics import fp8
 from nxdi_expertscale.sources.locate import is_remote, open_source
 from nxdi_expertscale.sources.source import Source
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something that is wrong with a finished folder.
-
-    Attributes:
-        where: The file or the tensor.
-        what: What is wrong with it.
-    """
-
-    where: str
-    what: str
 
 
 @dataclass(frozen=True, repr=False)
@@ -172,11 +147,14 @@ def _verify(
     source = None if against is None else open_model(against, keep_mtp=model.has_mtp)
     faults += [Fault(MANIFEST, what) for what in find_manifest_faults(manifest, model)]
     faults += _check_treatments(model, manifest.modules_to_not_convert)
+    # Torch is imported for the values; what is wrong with the folder is told before.
+    from nxdi_expertscale.checkpoint.value_check import check_values, compare_values
+
     if source is None:
-        found = _check_values(model, workers, progress)
+        found = check_values(model, workers, progress)
     else:
         faults += _check_source(manifest, model, source)
-        found = _compare(model, source, workers, progress)
+        found = compare_values(model, source, workers, progress)
     quantized = sum(weight.scale is not None for weight in model.weights)
     return Verification(
         folder=folder.path,
@@ -186,15 +164,6 @@ def _verify(
         layers=found.layers,
         warnings=found.warnings,
     )
-
-
-@dataclass(frozen=True)
-class _Values:
-    """What was found in the values of a folder."""
-
-    faults: list[Fault]
-    warnings: tuple[Fault, ...]
-    layers: tuple[LayerError, ...] = ()
 
 
 def _check_files(folder: Source, manifest: Manifest, workers: int) -> list[Fault]:
@@ -237,138 +206,16 @@ def _check_treatments(model: Model, modules_to_not_convert: Iterable[str]) -> li
 
 def _check_source(manifest: Manifest, model: Model, source: Model) -> list[Fault]:
     """Check that a folder was made from a source, and has its tensors."""
+    from nxdi_expertscale.checkpoint.origin import mismatch_of
+
     faults = []
     difference = mismatch_of(model, manifest, source, manifest.modules_to_not_convert)
     if difference is not None:
         faults.append(Fault(str(source.folder.path), difference))
-    ours, theirs = _by_name(model), _by_name(source)
+    ours, theirs = model.weights_by_name, source.weights_by_name
     for name in sorted(set(ours) ^ set(theirs)):
         faults.append(Fault(name, "is missing" if name in theirs else "is not in the source"))
     for name in sorted(set(ours) & set(theirs)):
         if ours[name].tensor.shape != theirs[name].tensor.shape:
             faults.append(Fault(name, "has another shape in the source"))
     return faults
-
-
-def _by_name(model: Model) -> Mapping[str, Weight]:
-    return {weight.name: weight for weight in model.weights}
-
-
-def _check_values(model: Model, workers: int, progress: Progress | None) -> _Values:
-    """Check that every value is finite and within Neuron's range, and every scale positive."""
-    readable = [weight for weight in model.weights if weight.tensor.dtype in TORCH_DTYPES]
-    meter = Meter(sum(weight.tensor.nbytes for weight in readable), progress)
-    faults: dict[str, str] = {}
-    below_floor: set[str] = set()
-    with TensorReader(model.files) as reader:
-        values = ValueReader(model.files, reader)
-
-        def check(chunk: Chunk) -> None:
-            fault = _find_fault(values, chunk)
-            if fault is not None:
-                faults[chunk.weight.name] = fault
-            elif _is_below_floor(values, chunk):
-                below_floor.add(chunk.weight.name)
-            meter.add(chunk.nbytes)
-
-        for_each(check, chunks_of(readable), workers)
-    return _Values(_sorted(faults), _floor_warnings(below_floor))
-
-
-def _is_below_floor(values: ValueReader, chunk: Chunk) -> bool:
-    weight, rows = chunk.weight, chunk.rows
-    if weight.scale is None:
-        return False
-    scale = values.scale(weight.scale, rows, weight.tensor.columns)
-    if not bool((scale == fp8.MIN_SCALE).any()):
-        return False
-    return fp8.has_rows_below_floor(values.stored(weight, rows).to(torch.float32), scale)
-
-
-def _floor_warnings(names: Iterable[str]) -> tuple[Fault, ...]:
-    what = (
-        f"has channels of magnitudes below {fp8.MIN_SCALE * fp8.SMALLEST_NORMAL:.2g}, of which "
-        f"FP8 with NxD's smallest scale ({fp8.MIN_SCALE:g}) keeps little; if they matter, keep the "
-        f"module in full precision ({parameter('modules_to_not_convert')})"
-    )
-    return tuple(Fault(name, what) for name in sorted(names))
-
-
-def _find_fault(values: ValueReader, chunk: Chunk) -> str | None:
-    weight, rows = chunk.weight, chunk.rows
-    stored = values.stored(weight, rows)
-    try:
-        if weight.scale is None:
-            values.check_finite(weight.tensor, stored)
-        elif fp8.exceeds_range(stored):
-            return "has values beyond ±240, which Neuron reads as infinity or NaN"
-        else:
-            values.scale(weight.scale, rows, weight.tensor.columns)
-    except CheckpointError as error:
-        return str(error)
-    return None
-
-
-def _compare(model: Model, source: Model, workers: int, progress: Progress | None) -> _Values:
-    """Check the values of each tensor, and measure how far they are from the source's.
-
-    Tensors that the source does not have, or has in another shape, are left out. A quantized
-    tensor that is further off than E4M3 can be is a fault, and so is a layer.
-    """
-    theirs = _by_name(source)
-    compared = [
-        weight
-        for weight in model.weights
-        if weight.tensor.dtype in TORCH_DTYPES
-        and weight.name in theirs
-        and weight.tensor.shape == theirs[weight.name].tensor.shape
-    ]
-    meter = Meter(sum(weight.tensor.nbytes for weight in compared), progress)
-    faults: dict[str, str] = {}
-    below_floor: set[str] = set()
-    sums = ErrorSums()
-    with TensorReader(model.files) as our_reader, TensorReader(source.files) as their_reader:
-        our_values = ValueReader(model.files, our_reader)
-        their_values = ValueReader(source.files, their_reader)
-
-        def compare(chunk: Chunk) -> None:
-            weight, rows = chunk.weight, chunk.rows
-            fault = _find_fault(our_values, chunk)
-            if fault is None:
-                reference = their_values.values(theirs[weight.name], rows)
-                values = our_values.values(weight, rows)
-                if weight.scale is not None:
-                    sums.add(weight.name, reference, values)
-                    if fp8.has_rows_too_small(reference):
-                        below_floor.add(weight.name)
-                elif not torch.equal(values, _rounded(reference, weight)):
-                    fault = "is not quantized, and differs from the source"
-            if fault is not None:
-                faults[weight.name] = fault
-            meter.add(chunk.nbytes)
-
-        for_each(compare, chunks_of(compared), workers)
-    layers = sums.by_layer()
-    far = {
-        name: f"is further from the source than FP8 rounds: {snr:.1f} dB, at least {MIN_SNR_DB:g}"
-        for name, snr in sums.by_tensor().items()
-        if snr < MIN_SNR_DB and name not in below_floor and name not in faults
-    }
-    far_layers = [
-        Fault(
-            f"layer {layer.layer}",
-            f"is further from the source than FP8 rounds: {layer.snr_db:.1f} dB, at least "
-            f"{MIN_SNR_DB:g}; its worst tensor is {layer.worst_tensor}",
-        )
-        for layer in layers
-        if layer.snr_db is not None and layer.snr_db < MIN_SNR_DB and not below_floor
-    ]
-    return _Values([*_sorted(faults | far), *far_layers], _floor_warnings(below_floor), layers)
-
-
-def _rounded(values: torch.Tensor, weight: Weight) -> torch.Tensor:
-    return values.to(TORCH_DTYPES[weight.tensor.dtype]).to(torch.float32)
-
-
-def _sorted(faults: Mapping[str, str]) -> list[Fault]:
-    return [Fault(name, faults[name]) for name in sorted(faults)]

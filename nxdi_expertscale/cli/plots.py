@@ -12,7 +12,7 @@ from nxdi_expertscale.errors import ConfigurationError, printable, shorten
 
 if TYPE_CHECKING:
     from nxdi_expertscale.checkpoint import Inspection
-    from nxdi_expertscale.checkpoint.inspect import LayerSpread
+    from nxdi_expertscale.checkpoint.expert_spread import LayerSpread
     from nxdi_expertscale.evaluation.evaluate import Evaluation
 
 _FORMATS = (".png", ".pdf", ".svg")

@@ -13,8 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from nxdi_expertscale.checkpoint.read.files import CONFIG
 from nxdi_expertscale.checkpoint.read.model import Model, open_model
@@ -27,11 +26,13 @@ from nxdi_expertscale.evaluation.architecture import (
     context_length,
     derive_architecture,
 )
-from nxdi_expertscale.evaluation.comparison import Metrics, compare
-from nxdi_expertscale.evaluation.stored_weights import StoredWeights, with_averaged_scales
-from nxdi_expertscale.evaluation.text import python_documentation, read_text, tokenize
 from nxdi_expertscale.sources.locate import open_source
 from nxdi_expertscale.sources.source import Source
+
+if TYPE_CHECKING:
+    import torch
+
+    from nxdi_expertscale.evaluation.comparison import Metrics
 
 TOKENS = 2048
 """How many tokens of a text are predicted unless another number is asked for."""
@@ -154,6 +155,11 @@ def _evaluate(
     architecture = _shared_architecture(source, quantized)
     for model in (source, quantized):
         _check_weights(model, architecture)
+    # Torch is imported for the values; what is wrong with the folders is told before.
+    from nxdi_expertscale.evaluation.comparison import compare
+    from nxdi_expertscale.evaluation.stored_weights import StoredWeights, with_averaged_scales
+    from nxdi_expertscale.evaluation.text import python_documentation, read_text, tokenize
+
     content = python_documentation(tokens) if text is None else read_text(Path(text), tokens)
     # One more than is predicted: the first is given.
     token_ids = tokenize(content, source.folder, architecture.vocab_size, tokens + 1)

@@ -77,7 +77,14 @@ def test_nothing_heavy_is_imported_for_help_usage_errors_and_the_doctor(
 
 
 @pytest.mark.parametrize(
-    "command", [["quantize", "/no/such", "fp8"], ["neuron-config", "/no/such"]]
+    "command",
+    [
+        ["quantize", "/no/such", "fp8"],
+        ["neuron-config", "/no/such"],
+        ["verify", "/no/such"],
+        ["inspect", "/no/such"],
+        ["evaluate", "/no/such", "/no/other"],
+    ],
 )
 def test_what_is_wrong_with_a_folder_is_said_without_torch(command: list[str]) -> None:
     code = (

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nxdi_expertscale.checkpoint.verify import Fault, LayerError, Verification
+from nxdi_expertscale.checkpoint.faults import Fault
+from nxdi_expertscale.checkpoint.quantization_error import LayerError
+from nxdi_expertscale.checkpoint.verify import Verification
 from nxdi_expertscale.cli import output, tables
 from nxdi_expertscale.display import results
 

@@ -52,6 +52,11 @@ class Model:
         """Whether tensors that predict further tokens are among its weights."""
         return any(weight.is_mtp for weight in self.weights)
 
+    @property
+    def weights_by_name(self) -> dict[str, Weight]:
+        """Its weights by their names, in the order of the files."""
+        return {weight.name: weight for weight in self.weights}
+
 
 def open_model(place: Source | str | os.PathLike[str], *, keep_mtp: bool = True) -> Model:
     """Open a checkpoint and check all that can be checked without reading a weight.

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
-from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
+from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, FileRecord
 from nxdi_expertscale.checkpoint.write.pinned_folder import PinnedFolder
 from nxdi_expertscale.checkpoint.write.staging import LOCK, WORK, Staging
 from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
@@ -112,8 +113,11 @@ class FolderStaging(Staging):
         """Create a file that is written in many parts."""
         return self._work.create(name)
 
-    def store(self, name: str, file: FileIO) -> None:
-        """Flush a file that is written completely to the disk, and close it."""
-        del name
-        os.fsync(file.fileno())
-        file.close()
+    def store(self, name: str, file: FileIO) -> FileRecord:
+        """Flush a file that is written completely to the disk, and close it; its record."""
+        # The disk is waited for while the digest is made, from the same pages.
+        with file, ThreadPoolExecutor(1) as waiting:
+            flushed = waiting.submit(os.fsync, file.fileno())
+            record = self.file_record(name)
+            flushed.result()
+        return record

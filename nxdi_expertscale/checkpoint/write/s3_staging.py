@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import IO, Any, TypeVar, cast
 
 from nxdi_expertscale.checkpoint import digests
+from nxdi_expertscale.checkpoint.write.manifest import FileRecord
 from nxdi_expertscale.checkpoint.write.staging import WORK, Staging
 from nxdi_expertscale.sources.remote import patiently
 from nxdi_expertscale.sources.s3 import Prefix, connect, parse_prefix, transfer_config, translated
@@ -215,13 +216,14 @@ class S3Staging(Staging):
         del name
         return tempfile.TemporaryFile(dir=self._spool, buffering=0)
 
-    def store(self, name: str, file: FileIO) -> None:
-        """Upload a file that is written completely, and give its space back."""
+    def store(self, name: str, file: FileIO) -> FileRecord:
+        """Upload a file that is written completely, and give its space back; its record."""
         with file:
             file.seek(0)
             digest, size = digests.digest_file_object(file), file.tell()
             work = cast(S3Folder, self._work)
             work.upload(name, file, digest, size)
+        return FileRecord(name, size, digest)
 
     def _move_all(self, names: Iterable[str]) -> None:
         with ThreadPoolExecutor(_MOVES_AT_A_TIME) as pool:

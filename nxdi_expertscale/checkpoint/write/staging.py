@@ -125,8 +125,8 @@ class Staging(ABC):
         """Create a file that is written in many parts."""
 
     @abstractmethod
-    def store(self, name: str, file: FileIO) -> None:
-        """Close a file that is written completely, and make sure that it is kept."""
+    def store(self, name: str, file: FileIO) -> FileRecord:
+        """Close a file that is written completely, and make sure that it is kept; its record."""
 
     def _in_work(self, name: str) -> str:
         return f"{self.where}/{WORK}/{name}"

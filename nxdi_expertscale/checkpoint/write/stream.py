@@ -194,10 +194,9 @@ class _OpenShard:
 
     def finish(self) -> ShardRecord:
         """Flush the shard to the disk and record that it is complete."""
-        self._staging.store(self.plan.name, self._file)
         record = ShardRecord(
             recipe=_recipe(self.plan),
-            file=self._staging.file_record(self.plan.name),
+            file=self._staging.store(self.plan.name, self._file),
             source_digests={
                 name: digests.combine(chunks).hex() for name, chunks in self.digests.items()
             }
