@@ -145,3 +145,19 @@ def test_halving_loses_nothing_but_the_last_bit_of_the_smallest() -> None:
     assert float((halved[known] * 2 - values[known]).abs().max()) == 2**-9
     assert not fp8.exceeds_range(fp8.halve(every[known]))
     assert torch.equal(fp8.halve(every)[known].float(), (values[known] / 2).to(every.dtype).float())
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_dequantized_values_are_those_of_torchs_own_cast(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    weight = (torch.randn(shape) * 40).to(dtype)
+    scale = torch.rand(*shape[:-1], 1) + 0.1
+
+    found = fp8.dequantize(weight, scale)
+
+    assert torch.equal(found, weight.to(torch.float32) * scale)
+    transposed = fp8.dequantize(weight.transpose(-1, -2), scale.transpose(-1, -2))
+    assert torch.equal(transposed, found.transpose(-1, -2))
+    assert torch.equal(fp8.dequantize(weight, torch.tensor(2.0)), weight.to(torch.float32) * 2)
