@@ -84,6 +84,9 @@ class MoEFamily:
             one. They are stacked for it when they are loaded.
         converter_knows_scales: Whether the converter treats scales, though not those of experts
             that are named one by one. Of another one that does, it is not known what it makes.
+        own_loader: The method of the converter's module, ``"Class.checkpoint_loader_fn"``, that
+            reads the model's own checkpoint at each load and quantizes it in memory; NxDI's is
+            called in its place with the flag on.
         full_precision: Modules beside the router that NxDI cannot load quantized, because the
             converter has no place for their scales; a part of their path in a checkpoint and
             among NxDI's modules.
@@ -122,6 +125,7 @@ class MoEFamily:
     stacked: Stacking | None = None
     converter_reads_stacked: bool = False
     converter_knows_scales: bool = False
+    own_loader: str | None = None
     full_precision: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     config_modules: tuple[str, ...] = ()

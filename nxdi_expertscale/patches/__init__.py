@@ -21,6 +21,7 @@ from nxdi_expertscale.patches import (
     model_builder,
     model_wrapper,
     neuronx_distributed_model_loader,
+    own_loader,
     state_dict,
     trace,
 )
@@ -42,6 +43,7 @@ def nxdi_patches(families: Sequence[MoEFamily]) -> Iterable[Patch]:
         *model_wrapper.patches(families),
         *decoder_model_instance.patches(families),
         *state_dict.patches(families),
+        *own_loader.patches(families),
         *application_base.patches(families),
         *checkpoint_loader.patches(),
         *trace.patches(),

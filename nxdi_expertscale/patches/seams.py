@@ -27,6 +27,11 @@ def state_dict(family: MoEFamily) -> str:
     return f"state_dict:{family.name}"
 
 
+def own_loader(family: MoEFamily) -> str:
+    """Name of the seam at which a family's own loader is kept from reading another checkpoint."""
+    return f"own_loader:{family.name}"
+
+
 def needed_by_config() -> tuple[str, ...]:
     """The seams that every model needs.
 
@@ -49,4 +54,5 @@ def needed_by_config() -> tuple[str, ...]:
 
 def needed_by_model(family: MoEFamily) -> tuple[str, ...]:
     """The seams that a model of this family needs."""
-    return (*needed_by_config(), state_dict(family))
+    own = () if family.own_loader is None else (own_loader(family),)
+    return (*needed_by_config(), state_dict(family), *own)

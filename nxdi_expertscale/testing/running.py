@@ -140,11 +140,10 @@ def _load_weights(
 def first_instance(application: Any) -> Any:
     """NxDI's instance of an application's first graph, its modules built."""
     from neuronx_distributed_inference.models.application_base import init_custom_process_group_fn
-    from neuronx_distributed_inference.models.model_wrapper import DecoderModelInstance
 
     init_custom_process_group_fn(application.config)
-    graph = application.models[0]
-    instance = DecoderModelInstance(model_cls=graph.model_cls, config=graph.config)
+    # The graph's own kind: some contributed models tell of further states in it.
+    instance = application.models[0].get_model_instance()
     instance.load_module()
     # As NxD's ModelBuilder does: it tells which parameters the model writes itself.
     instance.get(None)

@@ -2,7 +2,8 @@
 
 ``python -m tests.contributions.table`` runs every contribution on the releases that
 ``NXDI_EXPERTSCALE_UPSTREAM`` names, with the sources in ``NXDI_EXPERTSCALE_CONTRIBUTIONS``, and
-puts the table between the README's markers.
+puts the table between the README's markers. With keys of models (``python -m
+tests.contributions.table glm-4-5``) it runs those, and the rows of the others stay.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ def in_readme() -> Rows:
     found = {}
     for line in drawn().splitlines()[2:]:
         name, *_, blocks, logits, alone = (cell.strip() for cell in line.strip("| ").split("|"))
+        if name not in keys:
+            continue
         errors = (float(cell.removesuffix("%")) / 100 for cell in (blocks, logits, alone))
         found[keys[name]] = Errors(*errors)
     return found
@@ -123,13 +126,16 @@ class _Collector:
 
 
 def main() -> int:
-    """Run every contribution, and write the table; 1 if a run failed, 2 if one was left out."""
+    """Run contributions, and write the table; 1 if a run failed, 2 if one was left out."""
     os.environ[_WRITING_VARIABLE] = "1"
+    chosen = sys.argv[1:]
     collector = _Collector()
     tests: Any = Path(__file__).with_name("test_contributions.py")
-    if pytest.main([str(tests), "-q", "-W", "ignore"], plugins=[collector]) != 0:
+    only = ["-k", " or ".join(f"{key}-0" for key in chosen)] if chosen else []
+    if pytest.main([str(tests), "-q", "-W", "ignore", *only], plugins=[collector]) != 0:
         return 1
-    if missing := {model.key for model in ALL} - collector.rows.keys():
+    rows = {**in_readme(), **collector.rows} if chosen else collector.rows
+    if missing := {model.key for model in ALL} - rows.keys():
         print(f"{running.VARIABLE}: no sources of {', '.join(sorted(missing))}", file=sys.stderr)
         return 2
     text = README.read_text(encoding="utf-8")
@@ -138,7 +144,7 @@ def main() -> int:
     if not (begin and end):
         print(f"{README}: has not both of {BEGIN} and {END}", file=sys.stderr)
         return 2
-    table = render(collector.rows)
+    table = render(rows)
     README.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
     return 0
 

@@ -89,6 +89,16 @@ class Tiny:
             factor = SPREAD ** (expert / (EXPERTS - 1)) / SPREAD
             self.feed_forward(f"{path}.{expert}", INNER, names, factor)
 
+    def stack_experts(self, path: str) -> None:
+        """Make the experts of a layer one tensor for each fused weight, ``[E, out, in]``."""
+        of_experts = [
+            [self.tensors.pop(f"{path}.{expert}.{name}.weight") for name in GATED]
+            for expert in range(EXPERTS)
+        ]
+        gate_up = [torch.cat((gate, up)) for gate, up, _ in of_experts]
+        self.tensors[f"{path}.gate_up_proj"] = torch.stack(gate_up)
+        self.tensors[f"{path}.down_proj"] = torch.stack([down for _, _, down in of_experts])
+
     def attention(self, path: str, *, bias: bool = False, norms: int = 0) -> None:
         """Add grouped-query attention.
 

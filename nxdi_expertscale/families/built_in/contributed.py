@@ -7,7 +7,7 @@ repository or from a pull request; each says below where it was read.
 from __future__ import annotations
 
 from nxdi_expertscale.families.declaration import MoEFamily
-from nxdi_expertscale.families.linears import RenamedLinear
+from nxdi_expertscale.families.linears import RenamedLinear, attention_linears
 
 _ROUTED = ("n_routed_experts",)
 _MOE_SIZE = ("moe_intermediate_size",)
@@ -134,6 +134,50 @@ QWEN3_NEXT = MoEFamily(
     intermediate_size=_MOE_SIZE,
 )
 
+QWEN3_OMNI_MOE = MoEFamily(
+    # The thinker of Qwen3-Omni-30B-A3B: pull request 167.
+    name="qwen3_omni_moe",
+    model_types=("qwen3_omni_moe",),
+    converter="*.modeling_qwen3_omni_moe:convert_qwen3_omni_moe_hf_to_neuron_state_dict",
+    experts="thinker.model.layers.{layer}.mlp.experts",
+    router="thinker.model.layers.{layer}.mlp.gate",
+    renamed_linears=attention_linears(
+        "thinker.model.layers.{layer}.self_attn", "layers.{layer}.self_attn"
+    ),
+    embeddings="thinker.model.embed_tokens",
+    final_norm="thinker.model.norm",
+    head="thinker.lm_head",
+    prefixes=("",),
+    # Parts that are models of their own.
+    full_precision=("thinker.visual", "thinker.audio_tower", "talker.", "code2wav."),
+    config_path=("thinker_config", "text_config"),
+    num_experts=("num_experts",),
+    intermediate_size=_MOE_SIZE,
+)
+
+KIMI_K2 = MoEFamily(
+    # Kimi-K2-Instruct-0905: pull request 131.
+    name="kimi_k2",
+    model_types=("kimi_k2",),
+    converter="*.modeling_kimi_k2:convert_kimi_k2_hf_to_neuron_state_dict",
+    own_loader="NeuronKimiK2ForCausalLM.checkpoint_loader_fn",
+    renamed_linears=(),
+    # Those of blocks, as in the published checkpoint.
+    converter_knows_scales=True,
+    full_precision=_MLA,
+    renames=(
+        # To where its own loader has it; the converter names a parameter that there is not.
+        (
+            "layers.{layer}.mlp.gate.e_score_correction_bias",
+            "layers.{layer}.mlp.router.linear_router.bias",
+        ),
+        # The converter leaves their scales.
+        ("layers.{layer}.mlp.shared_experts", "layers.{layer}.shared_experts"),
+    ),
+    num_experts=_ROUTED,
+    intermediate_size=_MOE_SIZE,
+)
+
 CONTRIBUTED: tuple[MoEFamily, ...] = (
     GLM4_MOE,
     DEEPSEEK_V3,
@@ -144,4 +188,6 @@ CONTRIBUTED: tuple[MoEFamily, ...] = (
     SARVAM_MOE,
     MIMO_V2,
     QWEN3_NEXT,
+    QWEN3_OMNI_MOE,
+    KIMI_K2,
 )
