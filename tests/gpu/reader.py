@@ -4,7 +4,8 @@
 
 The platform says that it is a GPU with FP8 (compute capability 9.0), which is what vLLM looks at to
 choose a scheme; its schemes, layers and loader are real, and nothing is computed. One line of JSON
-is printed: the schemes, the parameters that got no weight, and the experts whose bytes differ.
+is printed: the schemes, the experts' parameters with their shapes, the parameters that got no
+weight, and the experts whose bytes differ.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ def main(folder: Path) -> None:
     names = (name for name, _ in model.named_parameters())
     found = {
         "experts": type(experts_of(layer).quant_method).__name__,
+        "shapes": {name: list(p.shape) for name, p in experts_of(layer).named_parameters()},
         "attention": type(layer.self_attn.qkv_proj.scheme).__name__,
         # Scales of the cache and of attention's products are vLLM's own, and 1 by themselves.
         "without_weight": [

@@ -42,7 +42,21 @@ def test_every_weight_and_every_experts_scale_arrives(vllm: str, tmp_path: Path)
     src = checkpoints.save(tmp_path / "src")
     dst = quantize_checkpoint(src, tmp_path / "dst", modules_to_not_convert=["lm_head"])
 
-    assert read(dst.destination, vllm) == {
+    found = read(dst.destination, vllm)
+    shapes = found.pop("shapes")
+
+    experts, hidden, intermediate = (
+        checkpoints.CONFIG[name] for name in ("num_experts", "hidden_size", "moe_intermediate_size")
+    )
+    expected = {
+        "w13_weight": [experts, 2 * intermediate, hidden],
+        "w13_weight_scale": [experts, 2 * intermediate, 1],
+        "w2_weight": [experts, hidden, intermediate],
+        "w2_weight_scale": [experts, hidden, 1],
+    }
+    # From 0.16 on the router is the same module's.
+    assert {**shapes, **expected} == shapes
+    assert found == {
         "experts": "CompressedTensorsW8A8Fp8MoEMethod",
         "attention": "CompressedTensorsW8A8Fp8",
         "without_weight": [],
