@@ -25,7 +25,7 @@ from nxdi_expertscale.checkpoint.read.values import ValueReader, as_bytes
 from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor
 from nxdi_expertscale.checkpoint.write.convert import RowConverter
 from nxdi_expertscale.checkpoint.write.full_precision import KeptTensors, explain_kept
-from nxdi_expertscale.checkpoint.write.locate import open_destination
+from nxdi_expertscale.checkpoint.write.locate import open_destination, spool_for
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
 from nxdi_expertscale.checkpoint.write.plan import (
     MAX_SHARD_BYTES,
@@ -120,9 +120,10 @@ def run_dry(
         ConfigurationError: A setting is not possible.
     """
     check_settings(modules_to_not_convert, workers, MAX_SHARD_BYTES)
-    destination = open_destination(dst, spool)
+    meanwhile = spool_for(dst, spool)
+    destination = open_destination(dst, meanwhile)
     threads = workers or available_cores()
-    with open_source(src, spool=spool) as source:
+    with open_source(src, spool=meanwhile) as source:
         model = open_model(source, keep_mtp=keep_mtp)
         plan = make_plan(model, modules_to_not_convert, MAX_SHARD_BYTES)
         check_readable(plan)

@@ -19,9 +19,9 @@ from types import TracebackType
 import filelock
 
 from nxdi_expertscale.checkpoint import digests
-from nxdi_expertscale.checkpoint.user_cache import user_cache
 from nxdi_expertscale.errors import ConfigurationError
 from nxdi_expertscale.sources.folder import file_identity
+from nxdi_expertscale.sources.user_cache import user_cache
 
 _logger = logging.getLogger("nxdi_expertscale")
 

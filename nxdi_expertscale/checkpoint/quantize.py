@@ -23,7 +23,7 @@ from nxdi_expertscale.checkpoint.write.destination import (
     check_space,
     translate_disk_errors,
 )
-from nxdi_expertscale.checkpoint.write.locate import open_destination
+from nxdi_expertscale.checkpoint.write.locate import open_destination, spool_for
 from nxdi_expertscale.checkpoint.write.manifest import (
     MANIFEST,
     FileRecord,
@@ -129,8 +129,8 @@ def quantize_checkpoint(
         keep_mtp: Keep what predicts further tokens (multi-token prediction), in full precision.
             NxDI does not load it, and by default it is left out.
         spool: Folder for what is read of a source that is not on this host, up to 2.15 GB at a
-            time, and for the files that are on their way to S3, up to four; by default the
-            system's for temporary files.
+            time, and for the files that are on their way to S3, up to four; by default on the
+            disk of a destination that is a folder, and else in the user's cache.
         max_shard_bytes: Size of the files of weights.
         progress: Called with bytes of the source that are done, and all of them. By default a bar
             is shown in a terminal or a notebook; False shows none.
@@ -146,10 +146,11 @@ def quantize_checkpoint(
     """
     started = time.perf_counter()
     check_settings(modules_to_not_convert, workers, max_shard_bytes)
-    destination = open_destination(dst, spool)
+    meanwhile = spool_for(dst, spool)
+    destination = open_destination(dst, meanwhile)
 
     with (
-        open_source(src, spool=spool) as opened,
+        open_source(src, spool=meanwhile) as opened,
         showing(progress, "quantizing") as report,
     ):
         # 1. Open the source: its config, the headers of its files, its weights and their scales.

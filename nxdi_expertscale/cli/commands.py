@@ -6,7 +6,8 @@ What a command needs is imported when it runs, so that ``--help`` and a usage er
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from nxdi_expertscale.cli.exit_status import ExitStatus
+from nxdi_expertscale.cli.interrupt import ending_at_once
 from nxdi_expertscale.cli.output import (
     PROGRAM,
     LogFile,
@@ -203,17 +205,32 @@ def plot_option(function: _Function) -> _Function:
     )(function)
 
 
-def _announce_spool(spool: Path | None, *places: str | None) -> None:
-    """Say before the start what of a disk is taken for checkpoints that are not on this host."""
-    from nxdi_expertscale.sources.locate import is_remote
-    from nxdi_expertscale.sources.spool import SPOOL_BYTES, spool_folder
+@contextmanager
+def _reading(spool: Path | None, *places: str | None, into: str | None = None) -> Iterator[None]:
+    """Say what of a disk is taken for checkpoints that are not on this host, and then read them.
 
-    for place in places:
-        if place is not None and is_remote(place):
-            print_message(
-                f"{place}: is read through {spool_folder(spool)}, of which it takes up to "
-                f"{SPOOL_BYTES / 1e9:.2f} GB at a time (--spool names another folder)"
-            )
+    Args:
+        spool: What the user named for it, if anything.
+        places: What is read.
+        into: What is made of it; None where nothing is.
+    """
+    from nxdi_expertscale.checkpoint.write.locate import is_in_s3, spool_for
+    from nxdi_expertscale.sources.locate import is_remote
+    from nxdi_expertscale.sources.spool import SPOOL_BYTES, is_in_memory, spool_folder
+
+    remote = [place for place in places if place is not None and is_remote(place)]
+    for place in remote:
+        folder = spool_folder(spool) if into is None else spool_for(into, spool)
+        memory = ", which is memory and no disk," if is_in_memory(folder) else ","
+        print_message(
+            f"{place}: is read through {folder}{memory} of which it takes up to "
+            f"{SPOOL_BYTES / 1e9:.2f} GB at a time (--spool names another folder)"
+        )
+    if remote or (into is not None and is_in_s3(into)):
+        with ending_at_once(can_go_on=into is not None):
+            yield
+    else:
+        yield
 
 
 @cli.command()
@@ -280,8 +297,7 @@ def quantize(
         print_report(to_json(found) if as_json else tables.dry_run_summary(found))
         return ExitStatus.GOOD if found.fits else ExitStatus.ANSWER_IS_NO
     click.get_current_context().ensure_object(Invocation).can_go_on = True
-    _announce_spool(spool, src)
-    with progress_bar("quantizing") as progress:
+    with _reading(spool, src, into=dst), progress_bar("quantizing") as progress:
         result = quantize_checkpoint(
             src,
             dst,
@@ -348,8 +364,7 @@ def verify(
     from nxdi_expertscale.cli import tables
     from nxdi_expertscale.cli.progress import progress_bar
 
-    _announce_spool(spool, dst, against)
-    with progress_bar("verifying") as progress:
+    with _reading(spool, dst, against), progress_bar("verifying") as progress:
         result = verify_checkpoint(dst, against, workers=workers, spool=spool, progress=progress)
     print_report(to_json(result) if as_json else tables.verification_summary(result))
     return ExitStatus.ANSWER_IS_NO if result.faults else ExitStatus.GOOD
@@ -380,8 +395,7 @@ def inspect(
 
     if plot is not None:
         plots.check_file(plot)
-    _announce_spool(spool, checkpoint)
-    with progress_bar("reading") as progress:
+    with _reading(spool, checkpoint), progress_bar("reading") as progress:
         result = inspect_checkpoint(checkpoint, workers=workers, spool=spool, progress=progress)
     print_report(to_json(result) if as_json else tables.inspection_summary(result))
     if plot is not None:
@@ -529,8 +543,7 @@ def evaluate(
 
     if plot is not None:
         plots.check_file(plot)
-    _announce_spool(spool, src, dst)
-    with progress_bar("evaluating", in_bytes=False) as progress:
+    with _reading(spool, src, dst), progress_bar("evaluating", in_bytes=False) as progress:
         result = evaluate_checkpoint(
             src, dst, text=text, tokens=tokens, spool=spool, progress=progress
         )

@@ -16,6 +16,7 @@ from click.shell_completion import shell_complete
 
 from nxdi_expertscale.cli.commands import Invocation, cli
 from nxdi_expertscale.cli.exit_status import ExitStatus
+from nxdi_expertscale.cli.interrupt import describe_interrupt
 from nxdi_expertscale.cli.output import (
     PROGRAM,
     flush_streams,
@@ -100,8 +101,7 @@ def _explain(error: BaseException, invocation: Invocation) -> ExitStatus:
         print_on_stderr("".join(traceback.format_exception(error)).rstrip())
     match error:
         case KeyboardInterrupt() | click.Abort():
-            goes_on = "; the same command goes on from here" if invocation.can_go_on else ""
-            print_message(f"interrupted{goes_on}")
+            print_message(describe_interrupt(can_go_on=invocation.can_go_on))
             return ExitStatus.INTERRUPTED
         case click.UsageError():
             command = error.ctx.command_path if error.ctx is not None else PROGRAM

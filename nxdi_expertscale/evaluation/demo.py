@@ -12,11 +12,11 @@ from typing import Protocol
 import filelock
 
 from nxdi_expertscale.checkpoint import quantize_checkpoint, verify_checkpoint
-from nxdi_expertscale.checkpoint.user_cache import user_cache
 from nxdi_expertscale.display.progress import Progress
 from nxdi_expertscale.errors import CheckpointError
 from nxdi_expertscale.evaluation import small_model
 from nxdi_expertscale.evaluation.evaluate import Evaluation, evaluate_checkpoint
+from nxdi_expertscale.sources.user_cache import user_cache
 from nxdi_expertscale.version import __version__
 
 CONFIG = small_model.qwen3_moe_config(hidden_size=64, moe_intermediate_size=64)

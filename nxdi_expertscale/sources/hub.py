@@ -22,7 +22,7 @@ from nxdi_expertscale.sources.remote import (
     TransientError,
 )
 
-_PIECE_BYTES = 1 << 18
+_PIECE_BYTES = 1 << 20
 
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses that may be over at the next attempt."""

@@ -31,7 +31,7 @@ def open_source(name: str | os.PathLike[str], *, spool: Path | None = None) -> S
             folder; ``s3://bucket/prefix``. What is no text, as a ``Path``, is a folder.
         spool: Folder in which up to
             :data:`~nxdi_expertscale.sources.spool.SPOOL_BYTES` of a remote checkpoint lie while
-            it is read; by default the system's for temporary files.
+            it is read; by default one in the user's cache.
 
     Returns:
         The checkpoint's files; a context that closes them.

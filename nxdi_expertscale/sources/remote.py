@@ -141,7 +141,7 @@ class Remote(Closing):
 
         Args:
             transport: How the server is spoken to.
-            spool: Folder for what is read; by default the system's for temporary files.
+            spool: Folder for what is read; by default one in the user's cache.
 
         Raises:
             CheckpointError: The server does not have it, or does not answer.

@@ -22,7 +22,7 @@ from nxdi_expertscale.sources.remote import (
     TransientError,
 )
 
-_PIECE_BYTES = 1 << 18
+_PIECE_BYTES = 1 << 20
 _CONNECTIONS = 32
 _PART_BYTES = 16 << 20
 _COPY_BYTES = 5 << 30

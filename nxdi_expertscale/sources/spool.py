@@ -22,6 +22,8 @@ from pathlib import Path
 from rich import filesize
 
 from nxdi_expertscale.errors import CheckpointError, parameter
+from nxdi_expertscale.sources.folder import fill
+from nxdi_expertscale.sources.user_cache import user_cache
 
 BLOCK_BYTES = 16 << 20
 MAX_BLOCKS = 128
@@ -41,9 +43,57 @@ Fetch = Callable[[str, int, int], Iterator[bytes]]
 """Gives the bytes of a file from an offset on, of a length, in pieces."""
 
 
-def spool_folder(folder: Path | None) -> Path:
-    """The folder for what lies on this host meanwhile: by default that for temporary files."""
-    return Path(tempfile.gettempdir()) if folder is None else folder
+def spool_folder(folder: Path | None, *, beside: Path | None = None) -> Path:
+    """The folder for what lies on this host meanwhile.
+
+    Not the one for temporary files, which is memory on many hosts.
+
+    Args:
+        folder: What the user named, if anything.
+        beside: A folder that is being made on this host, and need not be there yet.
+
+    Returns:
+        The user's folder; by default the one that is made, or the nearest above it that is there,
+        or else one in the user's cache, which is made.
+
+    Raises:
+        CheckpointError: The one in the user's cache cannot be made.
+        ConfigurationError: The user has no home folder.
+    """
+    if folder is not None:
+        return folder
+    if beside is not None:
+        absolute = beside.absolute()
+        return next(path for path in (absolute, *absolute.parents) if path.is_dir())
+    cache = user_cache()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{cache}: the spool cannot be written there ({error.strerror}); name another folder "
+            f"with {parameter('spool')}"
+        ) from None
+    return cache
+
+
+def is_in_memory(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether what is written to a folder stays in memory, as far as the system says so.
+
+    Args:
+        folder: The folder.
+        mounts: The system's list of what is mounted (Linux, proc(5)).
+    """
+    try:
+        device = folder.stat().st_dev
+        lines = mounts.read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}"
+    mounted = (line.split() for line in lines)
+    return any(
+        fields[2] == number and fields[fields.index("-") + 1] in {"tmpfs", "ramfs"}
+        for fields in mounted
+    )
 
 
 @dataclass
@@ -68,7 +118,7 @@ class Spool:
         """Make the file.
 
         Args:
-            folder: Where; by default the system's folder for temporary files.
+            folder: Where; by default see :func:`spool_folder`.
             sizes: Bytes of each file that is read, in the order in which they are.
             fetch: How their bytes are had.
 
@@ -126,7 +176,7 @@ class Spool:
             count = min(len(buffer), BLOCK_BYTES - start)
             with self._reading((name, number)) as block:
                 position = block.slot * BLOCK_BYTES + start
-                _read_whole(self._file.fileno(), buffer[:count], position)
+                fill(buffer[:count], self._file.fileno(), position, str(self._folder))
             buffer = buffer[count:]
             offset += count
 
@@ -215,14 +265,6 @@ def spool_bytes(sizes: Iterable[int]) -> int:
 
 def _blocks(size: int) -> int:
     return -(-size // BLOCK_BYTES)
-
-
-def _read_whole(descriptor: int, buffer: memoryview, position: int) -> None:
-    while buffer:
-        data = os.pread(descriptor, len(buffer), position)
-        buffer[: len(data)] = data
-        buffer = buffer[len(data) :]
-        position += len(data)
 
 
 def _write_whole(descriptor: int, data: memoryview, position: int) -> None:

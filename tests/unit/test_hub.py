@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -263,3 +265,55 @@ def test_the_command_takes_an_id_and_says_what_the_spool_needs(hub: Hub, tmp_pat
     assert made.returncode == 0, made.stderr
     assert f"is read through {tmp_path}, of which it takes up to 2.15 GB" in made.stderr
     assert read_manifest(tmp_path / "dst").origin == f"hf://{MODEL}@{COMMIT}"
+
+
+WAITING = """
+import sys
+import time
+from nxdi_expertscale.cli import main
+from nxdi_expertscale.sources import remote
+
+remote.FIRST_WAIT_SECONDS = remote.LONGEST_WAIT_SECONDS = 1e6
+open_files = remote.RemoteFiles.__init__
+
+def open_when_told(*arguments):
+    print("opening", flush=True)
+    sys.stdin.readline()
+    open_files(*arguments)
+
+remote.RemoteFiles.__init__ = open_when_told
+main(sys.argv[1:])
+"""
+"""The command, which waits for a line before it reads weights, and then for a server for ever."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_does_not_wait_for_a_server_that_is_away(
+    number: signal.Signals, hub: Hub, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, "quantize", MODEL, "dst"],
+        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache")},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    assert process.stdout.readline() == "opening\n"
+    hub.asked.clear()
+    hub.is_away = True
+    process.stdin.write("\n")
+    process.stdin.flush()
+    while not hub.asked:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, stderr = process.communicate()
+    hub.is_away = False
+
+    assert process.returncode == 130
+    assert stderr.splitlines()[1:] == [
+        "nxdi-expertscale: interrupted; the same command goes on from here"
+    ]
+    quantize_checkpoint(MODEL, tmp_path / "dst")
+    assert verify_checkpoint(tmp_path / "dst").faults == ()
