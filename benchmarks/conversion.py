@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import overhead
+from benchmarks import busy, overhead
 from nxdi_expertscale.checkpoint import quantize_checkpoint
 from nxdi_expertscale.loading.put_off import VARIABLE
 from tests.harness import targets
@@ -98,17 +96,6 @@ def child(kind: str, release: str, model: Path, quantized: Path) -> dict[str, fl
 # In the process that was started
 
 
-@contextmanager
-def occupied_cores() -> Iterator[None]:
-    """Keep all cores busy with processes of their own."""
-    command = [sys.executable, "-c", "while True: pass"]
-    with ExitStack() as stack:
-        for _ in range(len(os.sched_getaffinity(0))):
-            process = stack.enter_context(subprocess.Popen(command))
-            stack.callback(process.kill)
-        yield
-
-
 def measure(kind: str, release: str, model: Path, quantized: Path) -> Any:
     plugins = {"NXDI_PLUGINS": "expertscale"}
     return overhead.in_child("benchmarks.conversion", kind, release, model, quantized, **plugins)
@@ -116,12 +103,12 @@ def measure(kind: str, release: str, model: Path, quantized: Path) -> Any:
 
 def of_nxdi(release: str, *, is_busy: bool) -> dict[str, Any]:
     """Everything that is measured."""
-    found: dict[str, Any] = {"release": release, "busy": is_busy, **machine()}
+    found: dict[str, Any] = {"release": release, "busy": is_busy, **busy.machine()}
     with tempfile.TemporaryDirectory() as folder:
         model, quantized = Path(folder, "model"), Path(folder, "fp8")
         overhead.make_checkpoint(model)
         quantize_checkpoint(model, quantized)
-        with occupied_cores() if is_busy else ExitStack():
+        with busy.occupied_cores(are_occupied=is_busy):
             for kind in KINDS:
                 with overhead.without_manifest(quantized) if kind == "any_fp8" else ExitStack():
                     found[kind] = measure(kind, release, model, quantized)
@@ -130,11 +117,6 @@ def of_nxdi(release: str, *, is_busy: bool) -> dict[str, Any]:
             for name in ("with", "without")
         }
     return found
-
-
-def machine() -> dict[str, Any]:
-    """What it was measured on: cores, and how many others wanted them."""
-    return {"cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1)}
 
 
 def table(found: dict[str, Any]) -> Table:

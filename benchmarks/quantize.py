@@ -1,11 +1,13 @@
 """Quantizing a checkpoint: this package, NxDI's own step, llm-compressor, and a plain copy.
 
-    python benchmarks/quantize.py [--gigabytes 2.5] [--repeat 3] [--json]
-        [--upstream FOLDER] [--llmcompressor PYTHON]
+    python -m benchmarks.quantize [--gigabytes 2.5] [--repeat 3] [--busy] [--json]
+        [--before FOLDER] [--upstream FOLDER] [--llmcompressor PYTHON]
 
 Each runs as a process of its own on the same input, which is in the page cache, and writes to the
-same disk; wall time and peak resident memory are the process's, the step's time is measured inside
-it. The best of the repetitions counts. A peer that is not there is left out, and named.
+same disk; wall time, CPU time (user and system) and peak resident memory are the process's, the
+step's time is measured inside it, torch imported. They take turns, and the best of the
+repetitions counts. A peer that is not there is left out, and named. ``--before`` is a folder with
+an earlier state of this repository; ``--busy`` occupies all cores with other processes.
 
 ``--upstream`` is a folder with a release's sources, ``nxdi/src`` and ``nxd/src`` (as ``0.9`` in
 ``NXDI_EXPERTSCALE_UPSTREAM``); ``--llmcompressor`` is a Python that has llm-compressor installed.
@@ -22,12 +24,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from benchmarks import busy
 
 HIDDEN, INNER, EXPERTS, VOCABULARY = 2048, 768, 128, 8192
 LAYER_BYTES = 2 * (3 * EXPERTS * HIDDEN * INNER + HIDDEN * (2 * 4096 + 2 * 512))
@@ -41,6 +45,11 @@ import sys
 import torch
 from nxdi_expertscale import quantize_checkpoint
 print("STEP", quantize_checkpoint(sys.argv[1], sys.argv[2]).seconds)
+"""
+
+ON_ONE_CORE = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 """
 
 COPY = """
@@ -78,44 +87,38 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 
 
 @dataclass(frozen=True)
+class Command:
+    """A process: its arguments, and the folder that it imports from."""
+
+    arguments: Sequence[str]
+    folder: Path
+
+
+@dataclass(frozen=True)
 class Measurement:
     """The best of several runs: seconds, and megabytes of peak resident memory."""
 
     process_seconds: float
     step_seconds: float
+    cpu_seconds: float
     peak_megabytes: float
 
 
 def main() -> None:
     arguments = parse_arguments()
-    commands = {
-        "nxdi-expertscale": [sys.executable, "-c", OURS + PEAK],
-        "plain copy": [sys.executable, "-c", COPY + PEAK],
-    }
-    left_out = {}
-    if arguments.upstream:
-        commands["NxDI save_quantized_state_dict"] = [sys.executable, "-c", NXDI + PEAK]
-    else:
-        left_out["NxDI save_quantized_state_dict"] = "--upstream names no sources"
-    if arguments.llmcompressor:
-        commands["llm-compressor model_free_ptq"] = [
-            arguments.llmcompressor,
-            "-c",
-            LLM_COMPRESSOR + PEAK,
-        ]
-    else:
-        left_out["llm-compressor model_free_ptq"] = "--llmcompressor names no Python"
+    commands, left_out = find_commands(arguments)
     extra = [str(Path(arguments.upstream).resolve())] if arguments.upstream else []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         source = Path(folder, "source")
         nbytes = make_checkpoint(source, arguments.gigabytes)
-        measured = {
-            name: best([*command], source, Path(folder, "output"), extra, arguments.repeat)
-            for name, command in commands.items()
-        }
+        with busy.occupied_cores(are_occupied=arguments.busy):
+            measured = best_of_each(
+                commands, source, Path(folder, "output"), extra, arguments.repeat
+            )
     result = {
         "source_bytes": nbytes,
-        "cores": len(os.sched_getaffinity(0)),
+        **busy.machine(),
+        "busy": arguments.busy,
         "measured": {name: asdict(value) for name, value in measured.items()},
         "times_as_fast": {
             name: {
@@ -134,38 +137,75 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gigabytes", type=float, default=2.5, help="size of the input")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each, of which the best")
     parser.add_argument("--folder", help="where to work; needs thrice the size of the input")
+    parser.add_argument("--before", type=Path, help="an earlier state of this repository")
+    parser.add_argument("--busy", action="store_true", help="with all cores occupied")
     parser.add_argument("--upstream", help="sources of a release: nxdi/src and nxd/src")
     parser.add_argument("--llmcompressor", help="a Python that has llm-compressor")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args()
 
 
-def best(
-    command: Sequence[str], source: Path, output: Path, extra: Sequence[str], repeat: int
-) -> Measurement:
-    runs = []
+def find_commands(
+    arguments: argparse.Namespace,
+) -> tuple[dict[str, Command], dict[str, str]]:
+    """What is measured, by its name, and what is left out, with the reason."""
+
+    def python(code: str, folder: Path = REPOSITORY, python: str = sys.executable) -> Command:
+        return Command((python, "-c", code + PEAK), folder)
+
+    commands = {"nxdi-expertscale": python(OURS)}
+    left_out = {}
+    if arguments.before:
+        commands["nxdi-expertscale before"] = python(OURS, arguments.before.resolve())
+    commands["nxdi-expertscale, one core"] = python(ON_ONE_CORE + OURS)
+    commands["plain copy"] = python(COPY)
+    if arguments.upstream:
+        commands["NxDI save_quantized_state_dict"] = python(NXDI)
+    else:
+        left_out["NxDI save_quantized_state_dict"] = "--upstream names no sources"
+    if arguments.llmcompressor:
+        name = "llm-compressor model_free_ptq"
+        commands[name] = python(LLM_COMPRESSOR, python=arguments.llmcompressor)
+    else:
+        left_out["llm-compressor model_free_ptq"] = "--llmcompressor names no Python"
+    return commands, left_out
+
+
+def best_of_each(
+    commands: Mapping[str, Command], source: Path, output: Path, extra: Sequence[str], repeat: int
+) -> dict[str, Measurement]:
+    """The best run of each command; they take turns."""
+    runs: dict[str, list[Measurement]] = {name: [] for name in commands}
     for _ in range(repeat):
-        shutil.rmtree(output, ignore_errors=True)
-        runs.append(run([*command, str(source), str(output), *extra]))
+        for name, command in commands.items():
+            shutil.rmtree(output, ignore_errors=True)
+            runs[name].append(run(command, [str(source), str(output), *extra]))
     shutil.rmtree(output)
-    return min(runs, key=lambda measured: measured.process_seconds)
+    return {
+        name: min(found, key=lambda measured: measured.process_seconds)
+        for name, found in runs.items()
+    }
 
 
-def run(command: Sequence[str]) -> Measurement:
+def run(command: Command, arguments: Sequence[str]) -> Measurement:
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as printed:
         process = subprocess.Popen(
-            command, stdout=printed, stderr=subprocess.STDOUT, cwd=REPOSITORY
+            [*command.arguments, *arguments],
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            cwd=command.folder,
         )
-        status = process.wait()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
         elapsed = time.perf_counter() - started
         printed.seek(0)
         lines = printed.read().splitlines()
     if status != 0:
-        sys.exit("\n".join([f"{command[:1]} failed:", *lines[-20:]]))
+        sys.exit("\n".join([f"{command.arguments[:1]} failed:", *lines[-20:]]))
     step = next(float(line.split()[1]) for line in lines if line.startswith("STEP "))
     kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    return Measurement(elapsed, step, kibibytes * 1024 / 1e6)
+    return Measurement(elapsed, step, usage.ru_utime + usage.ru_stime, kibibytes * 1024 / 1e6)
 
 
 def make_checkpoint(folder: Path, gigabytes: float) -> int:
@@ -186,6 +226,10 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
         "head_dim": 128,
         "vocab_size": VOCABULARY,
         "norm_topk_prob": True,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "max_position_embeddings": 40960,
+        "hidden_act": "silu",
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
@@ -248,15 +292,21 @@ def materialized(shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def table(result: dict[str, object], measured: dict[str, Measurement]) -> str:
-    ours = measured["nxdi-expertscale"]
-    lines = [f"{'':32}{'process':>10}{'step':>10}{'memory':>10}{'we are as fast':>24}"]
+    ours, copied = measured["nxdi-expertscale"], measured["plain copy"]
+    state = "all of them occupied" if result["busy"] else f"load {result['load']}"
+    lines = [
+        f"{result['cores']} cores, {state}",
+        f"{'':32}{'process':>10}{'CPU':>10}{'step':>10}{'of a copy':>11}{'memory':>10}"
+        f"{'we are as fast':>24}",
+    ]
     for name, value in measured.items():
         times = (
             f"{value.process_seconds / ours.process_seconds:.1f} x, step "
             f"{value.step_seconds / ours.step_seconds:.1f} x"
         )
         lines.append(
-            f"{name:32}{value.process_seconds:8.1f} s{value.step_seconds:8.1f} s"
+            f"{name:32}{value.process_seconds:8.1f} s{value.cpu_seconds:8.1f} s"
+            f"{value.step_seconds:8.1f} s{value.step_seconds / copied.step_seconds:9.1f} x"
             f"{value.peak_megabytes:7.0f} MB{times:>24}"
         )
     left_out = result["left_out"]

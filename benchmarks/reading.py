@@ -13,14 +13,13 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import conversion, quantize
+from benchmarks import busy, quantize
 from nxdi_expertscale.checkpoint import inspect_checkpoint, quantize_checkpoint, verify_checkpoint
 from nxdi_expertscale.checkpoint.parallel import available_cores, for_each
 
@@ -115,12 +114,12 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true", help="with all cores occupied")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
-    machine = conversion.machine()
+    machine = busy.machine()
     with tempfile.TemporaryDirectory() as folder:
         source, quantized = Path(folder, "source"), Path(folder, "fp8")
         quantize.make_checkpoint(source, options.gigabytes)
         quantize_checkpoint(source, quantized)
-        with conversion.occupied_cores() if options.busy else ExitStack():
+        with busy.occupied_cores(are_occupied=options.busy):
             found = measure(source, quantized, options.repeat)
     if options.json:
         print(json.dumps({**machine, "measured": [asdict(item) for item in found]}, indent=2))

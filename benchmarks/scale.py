@@ -1,18 +1,29 @@
 """What quantizing the largest published models takes, on paper: one host, and how it scales.
 
-    python -m benchmarks.scale
+    python -m benchmarks.scale [--cores]
 
 The formula is ``time = max(in / network, in / (cores x CORE), out / disk)``: reading, converting
 and writing run side by side, so the slowest of the three is the time. The rate of a core was
 measured (``benchmarks/quantize.py``: 2.5 GB in the page cache, two cores, 3.0 s for the step, with
 reading, hashing and writing in it); network and disk are round figures of such hosts, not measured.
+
+``--cores`` measures what of a chunk's time is Python's own, on a model of chunks so small that
+there is hardly anything else, and computes from it, on paper, how far more cores help: one thread
+at a time runs Python, so a host is no faster than one chunk of Qwen3-30B-A3B in that time. Waiting
+for the lock, and for memory, is left out: it is the most that can be had.
 """
 
 from __future__ import annotations
 
+import argparse
+import tempfile
+import time
 from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
 
-from benchmarks import sizes
+from benchmarks import quantize, sizes
+from nxdi_expertscale.checkpoint import quantize_checkpoint
 from nxdi_expertscale.checkpoint.parallel import MAX_WORKERS
 from nxdi_expertscale.checkpoint.read.chunks import CHUNK_ELEMENTS
 from nxdi_expertscale.sources.spool import SPOOL_BYTES
@@ -112,5 +123,64 @@ def render() -> str:
     return "\n".join(lines)
 
 
+CHUNK_BYTES = 2 * quantize.HIDDEN * quantize.INNER
+"""An expert's weight of Qwen3-30B-A3B, in bfloat16: what a worker takes at a time."""
+
+CORES = (1, 2, 4, 8, 16, 32, 64, 192)
+
+SMALL = {"HIDDEN": 16, "INNER": 16, "VOCABULARY": 16}
+
+
+def seconds_of_python(repeat: int = 3) -> float:
+    """What a chunk takes of Python's lock, at most: all that a chunk of 256 numbers takes longer.
+
+    It is processor time, the difference between a model of six layers and one of two.
+    """
+    few, many = 2, 6
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(quantize, **SMALL):
+        best = {}
+        for layers in (few, many):
+            source = Path(folder, f"source-{layers}")
+            quantize.make_checkpoint(source, layers * quantize.LAYER_BYTES / GB)
+            best[layers] = min(
+                _processor_seconds(source, Path(folder, f"fp8-{layers}-{number}"))
+                for number in range(repeat)
+            )
+    return (best[many] - best[few]) / (3 * quantize.EXPERTS * (many - few))
+
+
+def _processor_seconds(source: Path, destination: Path) -> float:
+    started = time.process_time()
+    quantize_checkpoint(source, destination, workers=1)
+    return time.process_time() - started
+
+
+def render_cores(lock: float) -> str:
+    """How far more cores help, in Markdown."""
+    lines = ["| cores | GB/s of bfloat16 | ended by |", "|---:|---:|---|"]
+    for cores in CORES:
+        limits = {
+            "cores": cores * CORE,
+            f"the default of at most {MAX_WORKERS} workers": MAX_WORKERS * CORE,
+            "Python's lock": CHUNK_BYTES / lock,
+            "four NVMe that write 6 GB/s": 2 * 6.0 * GB,
+        }
+        slowest = min(limits, key=lambda name: limits[name])
+        lines.append(f"| {cores} | {limits[slowest] / GB:.1f} | {slowest} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cores", action="store_true", help="how far more cores help")
+    if parser.parse_args().cores:
+        lock = seconds_of_python()
+        print(
+            f"Python's own part of a chunk: {lock * 1e6:.0f} us, measured\n\n{render_cores(lock)}"
+        )
+    else:
+        print(render())
+
+
 if __name__ == "__main__":
-    print(render())
+    main()

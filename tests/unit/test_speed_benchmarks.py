@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import commands, reading, speed
+from benchmarks import commands, evaluating, quantize, reading, scale, speed
 from nxdi_expertscale.checkpoint import quantize_checkpoint
 from tests.harness import checkpoints, targets
 
@@ -49,3 +49,40 @@ def test_report_says_which_benchmark_failed(tmp_path: Path) -> None:
     assert "cores" in found[0]
     assert found[1].endswith("a table")
     assert found[2].endswith("failed with status 3")
+
+
+def test_an_earlier_state_is_measured_beside_this_one(tmp_path: Path) -> None:
+    before = tmp_path / "before"
+    (before / "benchmarks").mkdir(parents=True)
+    (before / "benchmarks" / "old.py").touch()
+    chosen = {
+        "A": ["-m", "benchmarks.quantize"],
+        "B": ["-m", "benchmarks.old"],
+        "C": ["-m", "benchmarks.new"],
+    }
+
+    found = list(speed.with_before(chosen, tmp_path, before))
+
+    assert found == [
+        ("A", ["-m", "benchmarks.quantize", "--before", str(before)], tmp_path),
+        ("B", ["-m", "benchmarks.old"], tmp_path),
+        ("B, before", ["-m", "benchmarks.old"], before),
+        ("C", ["-m", "benchmarks.new"], tmp_path),
+    ]
+
+
+def test_a_slow_python_ends_what_more_cores_give() -> None:
+    quick, slow = scale.render_cores(1e-9), scale.render_cores(1.0)
+
+    assert "Python's lock" not in quick
+    assert slow.count("Python's lock") == len(scale.CORES)
+
+
+def test_evaluating_is_measured_beside_a_plain_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"HIDDEN": 16, "INNER": 16, "EXPERTS": 16, "VOCABULARY": 256}.items():
+        monkeypatch.setattr(quantize, name, value)
+
+    found = evaluating.measure([quantize.REPOSITORY], 32, is_busy=False)
+
+    assert [min(values["seconds"] for values in found.values()) > 0, len(found)] == [True, 2]
+    assert evaluating.table(found, "title").row_count == len(found)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import accuracy, conversion, overhead, through_nxdi
+from benchmarks import accuracy, busy, conversion, overhead, through_nxdi
 from benchmarks.trainium import checks
 from benchmarks.trainium.plan import Setup, Variant, variants
 from nxdi_expertscale.checkpoint import quantize_checkpoint
@@ -73,7 +73,7 @@ def test_conversion_is_measured(nxdi: Any, moe: Path, fp8: Path) -> None:
         "release": "0.9",
         "busy": False,
         "peak_bytes": {"with": 2, "without": 1},
-        **conversion.machine(),
+        **busy.machine(),
         **{
             kind: conversion.seconds_of(nxdi, moe, repetitions=1, **settings)
             for kind, settings in (
