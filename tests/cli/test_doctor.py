@@ -57,7 +57,11 @@ def test_yes_on_every_release(installed: Environment, target: str) -> None:
     assert answer["activation"]["at interpreter start"] == "yes: NXDI_PLUGINS=expertscale"
     if target != targets.DOUBLE:
         assert answer["release"]["nxdi"] == target
-        assert set(states.values()) == {"applied"}
+        # Contributed models and vLLM-Neuron are not there to be imported.
+        elsewhere = ("*.", "vllm_neuron.")
+        assert {
+            seam["state"] for seam in answer["seams"] if not seam["module"].startswith(elsewhere)
+        } == {"applied"}
 
 
 def test_no_where_nxdi_is_absent_with_the_verdict_last(installed: Environment) -> None:
