@@ -1,4 +1,4 @@
-"""What quantizing the largest published models takes, on paper: one host, and how it scales.
+"""What quantizing the largest published models takes, on paper: one host, and eight.
 
     python -m benchmarks.scale [--cores]
 
@@ -6,6 +6,8 @@ The formula is ``time = max(in / network, in / (cores x CORE), out / disk)``: re
 and writing run side by side, so the slowest of the three is the time. The rate of a core was
 measured (``benchmarks/quantize.py``: 2.5 GB in the page cache, two cores, 3.0 s for the step, with
 reading, hashing and writing in it); network and disk are round figures of such hosts, not measured.
+Eight hosts share the shards and write to S3: each does an eighth, and what is written takes the
+network (which carries both ways at a time) in the place of a disk.
 
 ``--cores`` measures what of a chunk's time is Python's own, on a model of chunks so small that
 there is hardly anything else, and computes from it, on paper, how far more cores help: one thread
@@ -41,17 +43,19 @@ MEMORY_OF_ONE = CHUNK_ELEMENTS * (2 + 4 + 1) / GB
 
 @dataclass(frozen=True)
 class Host:
-    """A host: cores, and what its network and its disk move, in bytes a second."""
+    """Hosts of one kind: cores, and what network and disk of each move, in bytes a second."""
 
     name: str
     cores: int
     network: float
     disk: float
+    count: int = 1
 
 
 HOSTS = (
     Host("12 cores, 10 Gbit/s, one NVMe", 12, 1.25 * GB, 1.5 * GB),
     Host("192 cores, 100 Gbit/s, four NVMe", 192, 12.5 * GB, 6.0 * GB),
+    Host("eight with 192 cores, S3 to S3", 192, 12.5 * GB, 12.5 * GB, count=8),
 )
 
 
@@ -94,11 +98,12 @@ MODELS = (
 def seconds(work: Work, host: Host) -> dict[str, float]:
     """How long each resource needs for its part."""
     workers = min(host.cores, MAX_WORKERS)
-    return {
+    needed = {
         "network": work.read / host.network,
         "cores": 2 * work.elements / (workers * CORE),
-        "disk": work.written / host.disk,
+        "disk" if host.count == 1 else "network, writing": work.written / host.disk,
     }
+    return {name: amount / host.count for name, amount in needed.items()}
 
 
 def render() -> str:
@@ -113,7 +118,9 @@ def render() -> str:
         for host in HOSTS:
             needed = seconds(work, host)
             slowest = max(needed, key=lambda name: needed[name])
-            row.append(f"{needed[slowest] / 60:.1f} min ({slowest})")
+            longest = needed[slowest]
+            shown = f"{longest / 60:.1f} min" if longest >= 60 else f"{longest:.0f} s"
+            row.append(f"{shown} ({slowest})")
         lines.append(f"| {work.name} | {' | '.join(row)} |")
     memory = (
         f"{MEMORY_OF_TWO + MEMORY_OF_ONE * (min(host.cores, MAX_WORKERS) - 2):.1f} GB"
