@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,73 @@ def test_another_shape_than_in_the_other_layers_is_told(tmp_path: Path) -> None:
     values[f"{LAYER}.self_attn.q_norm.weight"] = torch.ones(8)
 
     assert "self_attn.q_norm.weight: has shape [" in refusal(tmp_path, values)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        *((f"self_attn.{p}_proj", f"{p}_proj.weight: is missing, and ") for p in "qkvo"),
+        ("input_layernorm", "lacks a norm: .*only post_attention_layernorm"),
+        ("layernorm", "lacks a norm: .*there is none"),
+    ],
+)
+def test_what_every_layer_lacks_is_missed(tmp_path: Path, part: str, message: str) -> None:
+    values = {name: v for name, v in checkpoints.tensors().items() if part not in name}
+
+    assert re.search(message, refusal(tmp_path, values))
+
+
+@pytest.mark.parametrize(
+    ("part", "edit"),
+    [
+        ("q_proj", lambda v: v[:32]),
+        ("k_proj", lambda v: v[:16]),
+        ("v_proj", lambda v: v[:16]),
+        ("o_proj", lambda v: v.t()),
+        ("o_proj", lambda v: v[:, :32]),
+        ("input_layernorm", lambda v: v[:40]),
+        ("input_layernorm", lambda v: v[None]),
+        ("q_norm", lambda v: v[:8]),
+    ],
+)
+def test_a_shape_of_every_layer_is_held_to_the_config(
+    tmp_path: Path, part: str, edit: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    values = {
+        name: edit(value).contiguous() if part in name else value
+        for name, value in checkpoints.tensors().items()
+    }
+
+    assert f"{part}.weight: has shape [" in refusal(tmp_path, values)
+
+
+def test_queries_may_have_a_gate_and_norms_may_go_over_all_heads(tmp_path: Path) -> None:
+    values = checkpoints.tensors()
+    for layer in range(checkpoints.LAYERS):
+        attention = f"model.layers.{layer}.self_attn"
+        queries = values[f"{attention}.q_proj.weight"]
+        values[f"{attention}.q_proj.weight"] = torch.cat([queries, queries])
+        values[f"{attention}.k_norm.weight"] = torch.ones(32)
+
+    open_model(checkpoints.save(tmp_path, values))
+
+
+@pytest.mark.parametrize("other", ["language_model.model.layers.0", "model.layers.00", "layers.0"])
+def test_a_tensor_behind_another_prefix_is_told(tmp_path: Path, other: str) -> None:
+    values = checkpoints.tensors()
+    name = "input_layernorm.weight"
+    values[f"{other}.{name}"] = values[f"model.layers.0.{name}"].clone()
+
+    assert "as well; remove one of the two" in refusal(tmp_path, values)
+
+
+def test_a_bias_of_one_expert_is_missed_in_the_others(tmp_path: Path) -> None:
+    values = checkpoints.tensors()
+    values[f"{LAYER}.mlp.experts.1.up_proj.bias"] = torch.ones(checkpoints.INNER)
+
+    message = refusal(tmp_path, values)
+
+    assert "layers.1.mlp.experts.0.up_proj.bias: is missing" in message
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.int8, torch.bool])
@@ -176,3 +245,13 @@ def test_a_quantized_embedding_is_dequantized(tmp_path: Path) -> None:
     found = checkpoints.load(tmp_path / "dst")[name]
     assert found.dtype == torch.bfloat16
     assert bool((found == 0.5).all())
+
+
+def test_a_scale_that_cannot_be_doubled_is_told(tmp_path: Path) -> None:
+    values = checkpoints.by_channel(checkpoints.tensors())
+    values["lm_head.weight_scale"] = torch.full((checkpoints.VOCABULARY, 1), 3e38)
+    config = {"quantization_config": checkpoints.COMPRESSED_CONFIG}
+    src = checkpoints.save(tmp_path / "src", values, config=config)
+
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight_scale: has "):
+        quantize_checkpoint(src, tmp_path / "dst")

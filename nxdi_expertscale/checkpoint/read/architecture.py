@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 
 from nxdi_expertscale.checkpoint.read.config import ModelConfig
 from nxdi_expertscale.checkpoint.read.files import CONFIG, WeightFiles
@@ -10,6 +12,8 @@ from nxdi_expertscale.checkpoint.read.tensors import module_of
 from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor
 from nxdi_expertscale.errors import CheckpointError, incomplete
 from nxdi_expertscale.families.declaration import MoEFamily
+
+_LEADING_ZEROS = re.compile(r"(?<=\.)0+(?=[0-9]+\.)")
 
 
 def check_architecture(files: WeightFiles, config: ModelConfig, family: MoEFamily) -> None:
@@ -20,6 +24,7 @@ def check_architecture(files: WeightFiles, config: ModelConfig, family: MoEFamil
     """
     hidden, inner = config.hidden_size, config.moe_intermediate_size
     found: dict[int, set[tuple[int, str]]] = defaultdict(set)
+    biased: dict[int, set[tuple[int, str]]] = defaultdict(set)
     for name, tensor in files.tensors.items():
         place = family.names.parse_expert_key(name)
         if family.names.is_mtp_key(name, config.num_hidden_layers):
@@ -27,8 +32,11 @@ def check_architecture(files: WeightFiles, config: ModelConfig, family: MoEFamil
         if place is not None and place.suffix == "weight":
             found[place.layer].add((place.expert, place.projection))
             shape = (hidden, inner) if place.projection == family.down else (inner, hidden)
-            _check_shape(files, tensor, shape)
-    _check_names(files, family)
+            check_shape(files, tensor, shape)
+        elif place is not None and place.suffix == "bias":
+            biased[place.layer].add((place.expert, place.projection))
+    _check_expert_biases(files, config, family, biased)
+    _check_names(files, config, family)
     vocabulary = (config.vocab_size, hidden)
     _check_tensor(files, family, f"{family.final_norm}.weight", (hidden,))
     _check_tensor(files, family, f"{family.embeddings}.weight", vocabulary)
@@ -41,6 +49,24 @@ def check_architecture(files: WeightFiles, config: ModelConfig, family: MoEFamil
     _check_router_biases(files, config, family)
 
 
+def _check_expert_biases(
+    files: WeightFiles,
+    config: ModelConfig,
+    family: MoEFamily,
+    biased: Mapping[int, Collection[tuple[int, str]]],
+) -> None:
+    """Check that a bias that one expert of a layer has, all have."""
+    for layer, found in biased.items():
+        for projection in sorted({projection for _, projection in found}):
+            for expert in range(config.num_experts):
+                if (expert, projection) not in found:
+                    bias = family.expert_key(layer, expert, projection, "bias")
+                    raise incomplete(
+                        f"{files.folder.path}: {bias}",
+                        "is missing, and other experts of the layer have one",
+                    )
+
+
 def _check_router_biases(files: WeightFiles, config: ModelConfig, family: MoEFamily) -> None:
     """Check that what is added to the experts' scores is one number for each expert.
 
@@ -50,19 +76,31 @@ def _check_router_biases(files: WeightFiles, config: ModelConfig, family: MoEFam
         place = family.names.parse_block_key(name)
         is_beside_router = place is not None and "." not in place[1]
         if name.endswith("bias") and (is_beside_router or family.names.is_router_key(name)):
-            _check_shape(files, tensor, (config.num_experts,))
+            check_shape(files, tensor, (config.num_experts,))
 
 
-def _check_names(files: WeightFiles, family: MoEFamily) -> None:
-    """Check that no tensor is there under two names, with a prefix and without."""
+def _check_names(files: WeightFiles, config: ModelConfig, family: MoEFamily) -> None:
+    """Check that no tensor is there under two names: behind a prefix, or with zeros in a number."""
     prefixes = sorted(filter(None, family.prefixes), key=len, reverse=True)
     for name, tensor in files.tensors.items():
-        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-        if prefix is not None and name.removeprefix(prefix) in files.tensors:
-            raise CheckpointError(
-                f"{files.location(tensor)}: is there as {name.removeprefix(prefix)} as well; "
-                "remove one of the two"
-            )
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        others = {name.removeprefix(prefix), _LEADING_ZEROS.sub("", name)} - {name}
+        if not family.names.is_mtp_key(name, config.num_hidden_layers):
+            others |= {rest for rest in _ends_of(name) if family.names.parse_layer_key(rest)}
+        for other in sorted(others & files.tensors.keys()):
+            if files.tensors[other].shape == tensor.shape or other == name.removeprefix(prefix):
+                raise CheckpointError(
+                    f"{files.location(tensor)}: is there as {other} as well; remove one of the two"
+                )
+
+
+def _ends_of(name: str) -> Iterator[str]:
+    """What is left of a name without its first parts, up to the first number."""
+    parts = name.split(".")
+    for number, part in enumerate(parts[:-1], 1):
+        if part.isdigit():
+            return
+        yield ".".join(parts[number:])
 
 
 def _check_experts(
@@ -107,10 +145,15 @@ def _check_tensor(files: WeightFiles, family: MoEFamily, name: str, shape: tuple
     tensor = next((tensor for tensor in found if tensor is not None), None)
     if tensor is None:
         raise incomplete(f"{files.folder.path}: {name}", "is missing")
-    _check_shape(files, tensor, shape)
+    check_shape(files, tensor, shape)
 
 
-def _check_shape(files: WeightFiles, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
+def check_shape(files: WeightFiles, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
+    """Check that a tensor has the shape that the config says.
+
+    Raises:
+        CheckpointError: It has another one.
+    """
     if tensor.shape != shape:
         raise CheckpointError(
             f"{files.location(tensor)}: has shape {list(tensor.shape)}, and {CONFIG} says "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nxdi_expertscale.checkpoint.json_files import read_json
 from nxdi_expertscale.checkpoint.read.architecture import check_architecture
+from nxdi_expertscale.checkpoint.read.attention import check_attention
 from nxdi_expertscale.checkpoint.read.config import ModelConfig, read_config
 from nxdi_expertscale.checkpoint.read.files import CONFIG, WeightFiles, read_weight_files
 from nxdi_expertscale.checkpoint.read.layers import check_layers
@@ -86,4 +87,5 @@ def open_model(place: Source | str | os.PathLike[str], *, keep_mtp: bool = True)
     weights = read_weights(files, family, scheme, config.num_hidden_layers)
     check_architecture(files, config, family)
     check_layers(files, config, family)
+    check_attention(files, config, family)
     return Model(files, config, family, scheme, weights, mtp_left_out)

@@ -120,7 +120,9 @@ class RowConverter:
         out = buffers.take("quantized", tuple(stored.shape))
         halved = fp8.halve(stored, scratch=halves, out=out)
         self._reader.check_finite(weight.tensor, halves)
-        return {planned.name: halved, planned.scale_name: scale * 2}
+        doubled = scale * 2
+        self._reader.check_finite(weight.scale.tensor, doubled)
+        return {planned.name: halved, planned.scale_name: doubled}
 
     def _values(self, weight: Weight, stored: torch.Tensor, rows: range) -> torch.Tensor:
         if weight.scale is None:
