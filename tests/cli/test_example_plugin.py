@@ -1,7 +1,7 @@
 """A family from a distribution of its own: installed, selected, and taken all the way.
 
-The way is that of CONTRIBUTING.md's "Adding a model": a checkpoint is quantized by the command,
-and its state dict goes through the converter that the family names.
+The way is that of CONTRIBUTING.md's "Adding a model": a checkpoint is quantized by the command, and
+the check of a family runs the model, on the double and on each release that is at hand.
 """
 
 from __future__ import annotations
@@ -13,38 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nxdi_expertscale.testing import FamilyCheck
+from tests.contributions import tiny
+from tests.harness import targets
 from tests.harness.installed import Environment, build_wheel
-from tests.harness.targets import DOUBLE
 
 EXAMPLE = Path(__file__).parents[1] / "example_plugin"
-EXPERTS, HIDDEN, INNER, VOCABULARY = 4, 24, 10, 16
-
-CONVERTED = """
-import json, sys, types
-import torch
-sys.path.insert(0, sys.argv[2])
-import nxdi_expertscale
-from neuronx_distributed_inference.models.application_base import load_state_dict
-from neuronx_distributed_inference.models.config import InferenceConfig, MoENeuronConfig
-from modeling_qwen35 import NeuronQwen35ForCausalLM
-
-settings = MoENeuronConfig(
-    batch_size=1, seq_len=16, quantized=True, quantized_checkpoints_path=sys.argv[1],
-    quantization_type="per_channel_symmetric", quantization_dtype="f8e4m3",
-    expert_wise_scale=True,
-)
-config = InferenceConfig(
-    settings, model_type="qwen3_5_moe_text", num_hidden_layers=1, num_experts=4,
-    num_experts_per_tok=1, moe_intermediate_size=10,
-)
-state_dict = {
-    name.removeprefix("model.").replace(".weight_scale", ".scale"): tensor
-    for name, tensor in load_state_dict(sys.argv[1]).items()
-}
-converted = NeuronQwen35ForCausalLM.convert_hf_to_neuron_state_dict(state_dict, config)
-torch.save(converted, sys.argv[3])
-print(json.dumps({seam.seam: str(seam.state) for seam in nxdi_expertscale.status()}))
-"""
+ALLOWED = "expertscale,heron_moe"
+MODEL = "model.language_model"
 
 
 @pytest.fixture(scope="module")
@@ -58,76 +34,83 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Enviro
     return environment
 
 
+def weights() -> dict[str, torch.Tensor]:
+    """Of a model of two layers, as the published ones are laid out."""
+    model = tiny.Tiny()
+    model.ends(f"{MODEL}.")
+    for layer in range(tiny.LAYERS):
+        path = f"{MODEL}.layers.{layer}"
+        block = f"{path}.feed_forward"
+        model.layer_norms(path)
+        model.attention(f"{path}.self_attn", norms=tiny.HEAD)
+        model.linear(f"{block}.router", tiny.EXPERTS, tiny.HIDDEN)
+        model.experts(f"{block}.experts")
+        model.feed_forward(f"{block}.shared_expert", tiny.DENSE)
+        model.linear(f"{block}.shared_gate", 1, tiny.HIDDEN)
+    model.linear("model.visual.patch_embed.proj", tiny.HIDDEN, tiny.HIDDEN)
+    return dict(stack(model.tensors))
+
+
+def stack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with the experts of a layer as one tensor for each fused weight."""
+    found = {name: value for name, value in tensors.items() if ".experts." not in name}
+    for layer in range(tiny.LAYERS):
+        path = f"{MODEL}.layers.{layer}.feed_forward.experts"
+        gate, up, down = (
+            torch.stack([tensors[f"{path}.{n}.{name}.weight"] for n in range(tiny.EXPERTS)])
+            for name in tiny.GATED
+        )
+        found |= {f"{path}.gate_up_proj": torch.cat([gate, up], 1), f"{path}.down_proj": down}
+    return found
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A model of one layer, as the published ones are laid out."""
-    generator = torch.Generator().manual_seed(0)
-    attention = "model.language_model.layers.0.self_attn"
-    model = "model.language_model"
-    shapes = {
-        f"{model}.embed_tokens.weight": (VOCABULARY, HIDDEN),
-        f"{model}.norm.weight": (HIDDEN,),
-        "lm_head.weight": (VOCABULARY, HIDDEN),
-        **{f"{attention}.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkv"},
-        f"{model}.layers.0.mlp.gate.weight": (EXPERTS, HIDDEN),
-        f"{model}.layers.0.mlp.experts.gate_up_proj": (EXPERTS, 2 * INNER, HIDDEN),
-        f"{model}.layers.0.mlp.experts.down_proj": (EXPERTS, HIDDEN, INNER),
-        f"{model}.layers.0.mlp.shared_expert.down_proj.weight": (HIDDEN, INNER),
-        "model.visual.patch_embed.proj.weight": (HIDDEN, HIDDEN),
-    }
     folder = tmp_path / "model"
     folder.mkdir()
-    save_file(
-        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()},
-        folder / "model.safetensors",
-    )
+    save_file(weights(), folder / "model.safetensors")
     text = {
-        "model_type": "qwen3_5_moe_text",
-        "hidden_size": HIDDEN,
-        "moe_intermediate_size": INNER,
-        "num_experts": EXPERTS,
-        "num_experts_per_tok": 1,
-        "num_hidden_layers": 1,
-        "vocab_size": VOCABULARY,
+        **tiny.COMMON,
+        "model_type": "heron_text",
+        "moe_intermediate_size": tiny.INNER,
+        "shared_expert_intermediate_size": tiny.DENSE,
+        "num_experts": tiny.EXPERTS,
+        "num_experts_per_tok": tiny.CHOSEN,
+        "norm_topk_prob": True,
     }
-    config = {"model_type": "qwen3_5_moe", "text_config": text}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "heron", "text_config": text}))
     return folder
 
 
+@pytest.mark.parametrize("target", targets.all_targets())
 def test_family_takes_a_checkpoint_all_the_way(
-    environment: Environment, checkpoint: Path, tmp_path: Path
+    environment: Environment, checkpoint: Path, tmp_path: Path, target: str
 ) -> None:
-    from safetensors.torch import load_file
-
-    quantized, saved = tmp_path / "fp8", tmp_path / "converted.pt"
-    plugins = "expertscale,qwen3_5_moe"
     made = environment.command(
-        "quantize", str(checkpoint), str(quantized), "--json", NXDI_PLUGINS=plugins
+        "quantize", str(checkpoint), str(tmp_path / "fp8"), "--json", NXDI_PLUGINS=ALLOWED
     )
     assert (made.returncode, made.stderr) == (0, "")
-    assert json.loads(made.stdout)["tensors"]["quantized experts"] == 3 * EXPERTS
+    experts = 3 * tiny.EXPERTS * tiny.LAYERS
+    assert json.loads(made.stdout)["tensors"]["quantized experts"] == experts
 
-    contribution = str(EXAMPLE / "contribution")
-    arguments = ("-W", "ignore", "-c", CONVERTED, str(quantized), contribution, str(saved))
-    result = environment.run(*arguments, target=DOUBLE, NXDI_PLUGINS=plugins)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["state_dict:qwen3_5_moe"] == "applied"
-
-    converted = torch.load(saved)
-    original = load_file(checkpoint / "model.safetensors")
-    for name, outputs in (("gate_up_proj", 2 * INNER), ("down_proj", HIDDEN)):
-        fused = f"layers.0.mlp.moe.expert_mlps.mlp_op.{name}"
-        weight, scale = converted[f"{fused}.weight"], converted[f"{fused}.scale"]
-        assert weight.dtype == torch.float8_e4m3fn
-        assert scale.shape == (EXPERTS, 1, outputs)
-        expected = original[f"model.language_model.layers.0.mlp.experts.{name}"].transpose(1, 2)
-        torch.testing.assert_close(weight.float() * scale, expected, rtol=0.07, atol=1e-2)
-    assert converted["layers.0.self_attn.Wqkv.scale"].shape == (3 * HIDDEN, 1)
-    kept = "mlp.shared_expert.down_proj.weight"
-    assert torch.equal(
-        converted[f"layers.0.{kept}"], original[f"model.language_model.layers.0.{kept}"]
+    result = environment.run(
+        *("-W", "ignore", "-m", "nxdi_expertscale.testing", str(checkpoint), "--json"),
+        *("--application", "modeling_heron:NeuronHeronForCausalLM"),
+        target=target,
+        NXDI_PLUGINS=ALLOWED,
+        PYTHONPATH=str(EXAMPLE / "contribution"),
     )
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = FamilyCheck(**json.loads(result.stdout))
+    assert (found.family, found.problems) == ("heron_moe", [])
+    assert sorted(found.moe) == ["layers.0.mlp.moe", "layers.1.mlp.moe"]
+    assert max(found.moe.values()) < 0.06
+    assert 0 < found.logits_experts_alone < found.logits < 0.12
+    assert found.parameters["layers.1.mlp.shared_expert.down_proj.weight"] == 0
+    fused = "layers.1.mlp.moe.expert_mlps.mlp_op.gate_up_proj.weight"
+    assert fused in found.quantized
+    assert 0.01 < found.parameters[fused] < 0.04
 
 
 @pytest.mark.parametrize("plugins", ["expertscale", ""])
@@ -139,5 +122,5 @@ def test_family_that_is_not_allowed_is_not_known(
     )
 
     assert result.returncode == 2
-    assert "model_type 'qwen3_5_moe' is not a mixture-of-experts model" in result.stderr
+    assert "model_type 'heron' is not a mixture-of-experts model" in result.stderr
     assert result.stderr.count("\n") == 1
