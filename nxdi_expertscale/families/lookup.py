@@ -51,7 +51,7 @@ def require_family(model_type: str | None, families: Sequence[MoEFamily], where:
         unsupported = find_unsupported(model_type)
         if unsupported is not None:
             raise CheckpointError(
-                f"{where}: model_type {model_type!r} is not supported: {unsupported.reason}; "
+                f"{where}: model_type {model_type!r} is not supported: {unsupported.explanation}; "
                 f"{unsupported.remedy}"
             )
         known = ", ".join(sorted(_model_types(families))) or "none"

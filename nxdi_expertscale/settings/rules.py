@@ -181,7 +181,7 @@ def _unsupported_model(settings: Settings) -> Values | None:
     found = find_unsupported(model.model_type, model.class_modules)
     if found is None:
         return None
-    return {"model": repr(model.name), "reason": found.reason, "remedy": found.remedy}
+    return {"model": repr(model.name), "reason": found.explanation, "remedy": found.remedy}
 
 
 _COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -15,6 +15,7 @@ import tarfile
 from pathlib import Path
 
 from tests.contributions.models import ALL
+from tests.contributions.unsupported import CONTRIBUTED, place_of
 
 
 def extract(git_dir: Path, ref: str, path: str, folder: Path) -> None:
@@ -31,17 +32,21 @@ def extract(git_dir: Path, ref: str, path: str, folder: Path) -> None:
 
 
 def main() -> int:
-    """Extract every contribution; 1 if the clone lacks one."""
+    """Extract every contribution, and what is unsupported; 1 if the clone lacks one."""
     parser = argparse.ArgumentParser(prog="python -m tests.contributions.extract")
     parser.add_argument("git_dir", type=Path)
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     status = 0
-    for model in ALL:
+    wanted = {model.key: (model.ref, model.path) for model in ALL}
+    for model_type, model in CONTRIBUTED.items():
+        place = place_of(model)
+        wanted[model_type] = (place.ref, place.folder)
+    for key, (ref, path) in wanted.items():
         try:
-            extract(arguments.git_dir, model.ref, model.path, arguments.folder / model.key)
+            extract(arguments.git_dir, ref, path, arguments.folder / key)
         except subprocess.CalledProcessError as error:
-            print(f"{model.name}: {error.stderr.decode().strip()}", file=sys.stderr)
+            print(f"{key}: {error.stderr.decode().strip()}", file=sys.stderr)
             status = 1
     return status
 

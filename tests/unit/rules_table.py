@@ -28,7 +28,8 @@ def render() -> str:
             rows = refused if rule.severity is Severity.ERROR else warned
             rows.append((_code(rule.scope.value), _shown(rule.problem), _shown(rule.remedy)))
     for model in UNSUPPORTED:
-        refused.append((f"`{model.model_types[0]}`", model.reason, model.remedy))
+        where = f" ({model.where}: `{model.line}`)" if model.line else ""
+        refused.append((f"`{model.model_types[0]}`", f"{model.reason}{where}", model.remedy))
     for limit, families in _limits().items():
         rows = warned if limit.effect is Effect.INEXACT else refused
         problem = f"{limit.problem}, so that {limit.effect.value}"

@@ -202,3 +202,17 @@ def test_unsupported_model_without_a_type_is_known_by_its_module() -> None:
     assert "DBRX" in found.reason
     assert unsupported.find_unsupported("qwen3_moe", [module]) is None
     assert unsupported.find_unsupported(None, ["another"]) is None
+
+
+def test_contributed_unsupported_model_is_known_in_whatever_package() -> None:
+    for module in ("modeling_trinity", "src.modeling_trinity", "mine.trinity.modeling_trinity"):
+        found = unsupported.find_unsupported(None, [module])
+        assert found is not None
+        assert "Trinity" in found.reason
+    assert unsupported.find_unsupported(None, ["not_modeling_trinity"]) is None
+
+
+def test_no_model_is_both_supported_and_not() -> None:
+    supported = {name for family in BUILT_IN for name in family.model_types}
+
+    assert not supported & {name for model in unsupported.UNSUPPORTED for name in model.model_types}

@@ -61,6 +61,10 @@ APPLIES: dict[str, list[Case]] = {
     "unsupported_model": [
         case("not supported for 'dbrx': NxDI's converter", model={"model_type": "dbrx"}),
         case("in no other form; run the original", model={"model_type": "gpt_oss"}),
+        case(
+            "drops every scale (contrib/models/Trinity/src/modeling_trinity.py: gate_w = ",
+            model={"model_type": "afmoe"},
+        ),
     ],
     "unknown_model": [
         case(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nxdi_expertscale.families.built_in import BUILT_IN
+from nxdi_expertscale.families.unsupported import UNSUPPORTED
 from nxdi_expertscale.settings.rules import RULES
 from tests.unit import rules_table
 
@@ -21,8 +22,7 @@ def test_list_has_a_row_for_each_rule_and_each_limit() -> None:
     own = [rule for rule in RULES if rule.name not in rules_table.SPELLED_OUT]
     limits = {limit for family in BUILT_IN for limit in family.limits}
     heads = 2
-    unsupported = 2
-    assert len(rows) == len(own) + len(limits) + unsupported + heads
+    assert len(rows) == len(own) + len(limits) + len(UNSUPPORTED) + heads
     for limit in limits:
         assert any(limit.problem in row for row in rows)
 

@@ -14,7 +14,17 @@ from nxdi_expertscale import CheckpointError, quantize_checkpoint
 
 @pytest.mark.parametrize(
     ("model_type", "message"),
-    [("dbrx", "drops every scale"), ("gpt_oss", "MXFP4"), ("llama", "supported are: .*qwen3_moe")],
+    [
+        ("dbrx", "drops every scale; run it in bfloat16"),
+        ("gpt_oss", "MXFP4"),
+        ("glm_moe_dsa", r"GLM-5\.2/src/modeling_glm5\.py: gate_w = .*its converter has to keep"),
+        ("afmoe", r"modeling_trinity\.py: gate_w = .*have its converter keep the dtype"),
+        ("phimoe", r"modeling_phimoe\.py: target_dtype = torch\.bfloat16"),
+        ("laguna", "pull request 158, .*: gate_w = "),
+        ("minimax_m3", "takes the scale of an expert"),
+        ("llama", "supported are: .*qwen3_moe.*declares a MoEFamily .*'Adding a model'"),
+        ("mine_moe", "supported are: .*qwen3_moe.*declares a MoEFamily .*'Adding a model'"),
+    ],
 )
 def test_unsupported_model_is_refused_with_the_reason(
     tmp_path: Path, model_type: str, message: str
