@@ -39,6 +39,7 @@ class Architecture:
         num_key_value_heads: Number of key and value heads.
         head_dim: Width of a head.
         head_norm: Whether queries and keys are normalized for each head, as Qwen3 does.
+        whole_norm: Whether they are normalized over all heads together, as OLMoE does.
         attention_bias: Whether the projections of the attention have a bias.
         num_experts: Number of experts in a layer.
         num_experts_per_tok: Number of experts that a token is routed to.
@@ -59,6 +60,7 @@ class Architecture:
     num_key_value_heads: int
     head_dim: int
     head_norm: bool
+    whole_norm: bool
     attention_bias: bool
     num_experts: int
     num_experts_per_tok: int
@@ -107,6 +109,9 @@ class Architecture:
         if self.head_norm:
             yield f"{path}.self_attn.q_norm.weight", (self.head_dim,)
             yield f"{path}.self_attn.k_norm.weight", (self.head_dim,)
+        if self.whole_norm:
+            yield f"{path}.self_attn.q_norm.weight", (queries,)
+            yield f"{path}.self_attn.k_norm.weight", (keys,)
 
     def _mlp_shape(self, projection: str, inner: int) -> tuple[int, int]:
         hidden = self.hidden_size
@@ -131,6 +136,7 @@ def derive_architecture(config: ModelConfig, family: MoEFamily) -> Architecture:
         )
     _check_supported(config, "rope_scaling", config.rope_type, "default")
     _check_supported(config, "hidden_act", config.hidden_act, "silu")
+    _check_supported(config, "clip_qkv", config.clip_qkv, None)
     heads = _required(config, "num_attention_heads", config.num_attention_heads)
     norm_topk_prob = config.norm_topk_prob
     mlp_only_layers = frozenset(config.mlp_only_layers)
@@ -149,6 +155,7 @@ def derive_architecture(config: ModelConfig, family: MoEFamily) -> Architecture:
         num_key_value_heads=config.num_key_value_heads or heads,
         head_dim=config.head_dim or config.hidden_size // heads,
         head_norm=traits.head_norm,
+        whole_norm=traits.whole_norm,
         attention_bias=config.attention_bias,
         num_experts=config.num_experts,
         num_experts_per_tok=_required(config, "num_experts_per_tok", config.num_experts_per_tok),
@@ -214,7 +221,7 @@ def _check_sizes(model: Architecture, where: str) -> None:
         raise damaged(where, f"vocab_size is {model.vocab_size}, more than any model has")
 
 
-def _check_supported(config: ModelConfig, name: str, value: str, supported: str) -> None:
+def _check_supported(config: ModelConfig, name: str, value: object, supported: object) -> None:
     if value != supported:
         raise CheckpointError(
             f"{config.where}: {name} is {value!r}, which the decoder on a CPU does not compute; it "

@@ -1,9 +1,10 @@
-"""The decoder that Qwen3 MoE and Mixtral share, in plain torch: pure functions on weights.
+"""The decoder that Qwen3 MoE, Mixtral and OLMoE share, in plain torch: pure functions on weights.
 
 It is the reference that quantized weights are measured against. It needs no transformers, so it
 runs on any machine and with any release of it, and it takes each weight by its name when it is
 needed, so a layer's experts are never in memory together. It agrees with Hugging Face's own
-``Qwen3MoeForCausalLM`` and ``MixtralForCausalLM`` to rounding (``tests/unit/test_decoder.py``).
+``Qwen3MoeForCausalLM``, ``MixtralForCausalLM`` and ``OlmoeForCausalLM`` to rounding
+(``tests/unit/test_decoder.py``).
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ def attention(
         return functional.linear(values, weights(f"{path}.{name}.weight"), bias)
 
     def split_heads(values: torch.Tensor, norm: str | None = None) -> torch.Tensor:
+        if norm is not None and model.whole_norm:
+            values = _rms_norm(values, weights(f"{path}.{norm}.weight"), model.rms_norm_eps)
         heads = values.view(batch, length, -1, model.head_dim)
         if norm is not None and model.head_norm:
             heads = _rms_norm(heads, weights(f"{path}.{norm}.weight"), model.rms_norm_eps)

@@ -47,10 +47,12 @@ class DecoderTraits:
         head_norm: Whether the attention normalizes queries and keys for each head.
         normalizes_top_k: Whether the routing weights of a token are made to add up to one, where
             a config does not say so itself (``norm_topk_prob``).
+        whole_norm: Whether the attention normalizes queries and keys over all heads together.
     """
 
     head_norm: bool
     normalizes_top_k: bool
+    whole_norm: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    OlmoeConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+)
 
 from nxdi_expertscale.checkpoint.read.config import read_config
 from nxdi_expertscale.errors import CheckpointError
@@ -20,6 +26,7 @@ from nxdi_expertscale.evaluation.architecture import (
     derive_architecture,
 )
 from nxdi_expertscale.families.built_in import LLAMA4, MIXTRAL, QWEN3_MOE
+from nxdi_expertscale.families.built_in.contributed import GLM4_MOE, MINIMAX_M2, OLMOE
 from nxdi_expertscale.families.declaration import MoEFamily
 from tests.harness import checkpoints
 
@@ -37,6 +44,12 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.1,
     "num_experts_per_tok": 2,
 }
+OF_OLMOE = {
+    **{name: value for name, value in SIZES.items() if name != "head_dim"},
+    "num_experts": 8,
+    "intermediate_size": 48,
+    "pad_token_id": 0,
+}
 QWEN3 = {**SIZES, "num_experts": 8, "moe_intermediate_size": 32, "intermediate_size": 96}
 
 
@@ -53,8 +66,13 @@ def architecture(config: dict[str, Any], family: MoEFamily = QWEN3_MOE) -> Archi
         (Qwen3MoeConfig(**QWEN3, mlp_only_layers=[1]), QWEN3_MOE),
         (Qwen3MoeConfig(**QWEN3, decoder_sparse_step=2), QWEN3_MOE),
         (MixtralConfig(**SIZES, num_local_experts=8, intermediate_size=48), MIXTRAL),
+        (OlmoeConfig(**OF_OLMOE), OLMOE),
+        (OlmoeConfig(**OF_OLMOE, norm_topk_prob=True), OLMOE),
     ],
-    ids=["qwen3", "unnormalized", "bias, tied", "mlp_only", "sparse_step", "mixtral"],
+    ids=[
+        *("qwen3", "unnormalized", "bias, tied", "mlp_only", "sparse_step", "mixtral"),
+        *("olmoe", "olmoe, normalized"),
+    ],
 )
 def test_logits_agree_with_hugging_face(
     config: PretrainedConfig, family: MoEFamily, tmp_path: Path
@@ -94,6 +112,7 @@ def test_rope_settings_of_transformers_5_are_read() -> None:
     [
         ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}, "rope_scaling is 'yarn'"),
         ("hidden_act", "gelu", "hidden_act is 'gelu'"),
+        ("clip_qkv", 8.0, "clip_qkv is 8.0"),
         ("rms_norm_eps", None, "has no rms_norm_eps"),
         ("num_experts", None, "how many experts"),
         ("num_key_value_heads", 3, "is 4, no multiple of num_key_value_heads, which is 3"),
@@ -115,9 +134,12 @@ def test_what_it_cannot_compute_is_refused(setting: str, value: Any, message: st
         architecture(config)
 
 
-def test_family_that_it_does_not_know_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"family llama4 .*verify with against"):
-        architecture({**QWEN3, "num_local_experts": 8}, LLAMA4)
+@pytest.mark.parametrize("family", [LLAMA4, GLM4_MOE, MINIMAX_M2], ids=lambda family: family.name)
+def test_family_that_it_does_not_know_is_refused(family: MoEFamily) -> None:
+    config = {**QWEN3, "num_local_experts": 8, "n_routed_experts": 8}
+
+    with pytest.raises(CheckpointError, match=rf"family {family.name} .*verify with against"):
+        architecture(config, family)
 
 
 def test_context_ends_where_a_sliding_window_would_begin() -> None:

@@ -37,6 +37,7 @@ class ModelConfig:
         num_key_value_heads: Number of key and value heads.
         head_dim: Width of an attention head.
         attention_bias: Whether the projections of the attention have a bias.
+        clip_qkv: Magnitude beyond which queries, keys and values are clipped, if they are.
         hidden_act: Activation function of the MLPs.
         norm_topk_prob: Whether the routing weights of a token are made to add up to one.
         mlp_only_layers: Layers that have a dense MLP in place of experts.
@@ -66,6 +67,7 @@ class ModelConfig:
     num_key_value_heads: int | None
     head_dim: int | None
     attention_bias: bool
+    clip_qkv: float | None
     hidden_act: str
     norm_topk_prob: bool | None
     mlp_only_layers: tuple[int, ...]
@@ -137,6 +139,7 @@ def read_config(raw: Mapping[str, Any], family: MoEFamily, where: str) -> ModelC
         num_key_value_heads=fields.optional_size("num_key_value_heads"),
         head_dim=fields.optional_size("head_dim"),
         attention_bias=fields.optional("attention_bias", bool) or False,
+        clip_qkv=fields.optional_number("clip_qkv"),
         hidden_act=fields.optional("hidden_act", str) or "silu",
         norm_topk_prob=fields.optional("norm_topk_prob", bool),
         mlp_only_layers=fields.layers("mlp_only_layers"),

@@ -6,7 +6,7 @@ repository or from a pull request; each says below where it was read.
 
 from __future__ import annotations
 
-from nxdi_expertscale.families.declaration import MoEFamily
+from nxdi_expertscale.families.declaration import DecoderTraits, MoEFamily
 from nxdi_expertscale.families.linears import RenamedLinear, attention_linears
 
 _ROUTED = ("n_routed_experts",)
@@ -61,6 +61,7 @@ OLMOE = MoEFamily(
     converter="*.modeling_olmoe:convert_olmoe_hf_to_neuron_state_dict",
     num_experts=("num_experts",),
     intermediate_size=("intermediate_size",),
+    decoder=DecoderTraits(head_norm=False, normalizes_top_k=False, whole_norm=True),
 )
 
 SOLAR_OPEN = MoEFamily(
