@@ -59,6 +59,11 @@ class ErrorSums:
         self._signal[name].append(_energy(reference))
         self._noise[name].append(_energy(values.sub_(reference)))
 
+    def add_energies(self, name: str, signal: float, noise: float) -> None:
+        """Add a part of a weight whose energies are known."""
+        self._signal[name].append(signal)
+        self._noise[name].append(noise)
+
     def by_tensor(self) -> dict[str, float]:
         """Signal to noise of each weight, in dB; infinite where it is equal."""
         return {

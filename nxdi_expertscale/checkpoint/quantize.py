@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich import filesize
 
 from nxdi_expertscale.checkpoint.json_files import render_json
+from nxdi_expertscale.checkpoint.model_card import find_base_model, read_card, render_card
 from nxdi_expertscale.checkpoint.parallel import Meter, available_cores
+from nxdi_expertscale.checkpoint.quantization_error import ErrorSums, LayerError
 from nxdi_expertscale.checkpoint.read.auxiliary import find_auxiliary_files, read_auxiliary_file
 from nxdi_expertscale.checkpoint.read.files import (
     CONFIG,
@@ -37,7 +39,7 @@ from nxdi_expertscale.checkpoint.write.provenance import (
     source_files,
     source_records,
 )
-from nxdi_expertscale.checkpoint.write.staging import Staging, digests_of_tensors
+from nxdi_expertscale.checkpoint.write.staging import CARD, ShardRecord, Staging, digests_of_tensors
 from nxdi_expertscale.display.progress import Progress, showing
 from nxdi_expertscale.display.results import Shown, listed
 from nxdi_expertscale.errors import ConfigurationError, counted, parameter
@@ -161,6 +163,7 @@ def quantize_checkpoint(
         plan = make_plan(source, modules_to_not_convert, max_shard_bytes)
         check_readable(plan)
         auxiliary = find_auxiliary_files(source.folder, leave_out=[MANIFEST])
+        original_card = read_card(source.folder)
         destination.check(source, overwrite=overwrite)
         check_space(plan.nbytes, destination)
 
@@ -177,6 +180,7 @@ def quantize_checkpoint(
 
                 # 4. Read, convert and write the weights, shard by shard. From here on torch is
                 #    needed.
+                from nxdi_expertscale.checkpoint.write.convert import SAMPLED
                 from nxdi_expertscale.checkpoint.write.stream import write_shards
 
                 source_before = source_files(source)
@@ -210,9 +214,24 @@ def quantize_checkpoint(
                     files=files,
                     origin=opened.origin,
                 )
+
+                # 7. Write the model card, with the error of what was rounded on the way.
+                staging.write(
+                    CARD,
+                    render_card(
+                        Path(destination.path).absolute().name,
+                        manifest,
+                        find_base_model(source.folder),
+                        num_experts=source.config.num_experts,
+                        has_full_head="lm_head.weight_scale" not in plan.index["weight_map"],
+                        original=original_card,
+                        errors=_layer_errors(records.values()),
+                        how_measured=f"Of one row in {SAMPLED}, measured while they were rounded.",
+                    ).encode(),
+                )
                 staging.write(MANIFEST, manifest.to_json())
 
-                # 7. Publish: move the files to their places, the index after all that it names.
+                # 8. Publish: move the files to their places, the index after all that it names.
                 staging.publish()
 
     return QuantizationResult(
@@ -240,6 +259,15 @@ def _find_result(
         finished, manifest = open_model(folder), manifest_of(folder)
         reason = mismatch_of(finished, manifest, source, modules_to_not_convert)
     return manifest if reason is None else None
+
+
+def _layer_errors(records: Iterable[ShardRecord]) -> tuple[LayerError, ...]:
+    """The error of each layer, of what was rounded."""
+    sums = ErrorSums()
+    for record in records:
+        for name, (signal, noise) in record.energies.items():
+            sums.add_energies(name, signal, noise)
+    return sums.by_layer()
 
 
 def _write_other_files(

@@ -69,6 +69,24 @@ def quantize_per_channel(
     return quantized.copy_(values), scale
 
 
+def energies(
+    quotients: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor
+) -> tuple[float, float]:
+    """The energy of quantized rows, and that of what rounding them to E4M3 cost.
+
+    Args:
+        quotients: ``[out, in]``, float32 weights divided by their scales.
+        quantized: ``torch.float8_e4m3fn`` of the same shape: the quotients, rounded.
+        scale: ``[out, 1]``, ``torch.float32``.
+
+    Returns:
+        The sums of the squares of the weights, and of their differences.
+    """
+    rounded = decode(quantized, out=torch.empty_like(quotients))
+    signal, noise = (quotients * scale).view(-1), ((rounded - quotients) * scale).view(-1)
+    return float(torch.dot(signal, signal)), float(torch.dot(noise, noise))
+
+
 def has_rows_below_floor(quotients: torch.Tensor, scale: torch.Tensor) -> bool:
     """Whether any output channel lost its precision to the floor of the scale.
 

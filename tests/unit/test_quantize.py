@@ -269,6 +269,7 @@ def test_the_folder_has_all_that_belongs_to_a_checkpoint(src: Path, tmp_path: Pa
     assert len(shards) > 1
     assert names == shards | {
         INDEX,
+        "README.md",
         "config.json",
         "generation_config.json",
         "nxdi_expertscale.json",

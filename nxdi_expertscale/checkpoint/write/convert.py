@@ -14,6 +14,9 @@ from nxdi_expertscale.checkpoint.read.values import TORCH_DTYPES, ValueReader
 from nxdi_expertscale.checkpoint.write.plan import PlannedTensor, Treatment
 from nxdi_expertscale.numerics import fp8
 
+SAMPLED = 16
+"""Of so many rows, one is measured: the error of a whole weight to a tenth of a dB, for nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class ConvertedRows:
@@ -26,11 +29,14 @@ class ConvertedRows:
             scales ``[rows, 1]``, ``torch.float32``, of a weight that is quantized.
         is_below_floor: Whether a row is so small that the floor of the scale loses it; see
             :func:`~nxdi_expertscale.numerics.fp8.has_rows_below_floor`.
+        energies: Signal and noise of a sample of the rows, one in :data:`SAMPLED`, where they are
+            rounded; see :func:`~nxdi_expertscale.numerics.fp8.energies`.
     """
 
     stored: torch.Tensor
     outputs: Mapping[str, torch.Tensor]
     is_below_floor: bool = False
+    energies: tuple[float, float] | None = None
 
 
 class RowConverter:
@@ -106,6 +112,7 @@ class RowConverter:
             stored,
             {planned.name: quantized, planned.scale_name: scale},
             fp8.has_rows_below_floor(quotients, scale),
+            fp8.energies(quotients[::SAMPLED], quantized[::SAMPLED], scale[::SAMPLED]),
         )
 
     def _rescale(

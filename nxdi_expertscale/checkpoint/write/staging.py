@@ -30,6 +30,9 @@ from nxdi_expertscale.checkpoint.write.manifest import (
 )
 from nxdi_expertscale.errors import CheckpointError
 
+CARD = "README.md"
+"""The Hugging Face hub's name of a model card."""
+
 WORK = ".nxdi-expertscale"
 LOCK = "lock"
 _SHARD_SUFFIX = ".safetensors"
@@ -49,6 +52,8 @@ class ShardRecord:
         source_identities: What the file system said of each file of the source that it was made
             from, by name; see :meth:`~nxdi_expertscale.sources.folder.Folder.identity`.
         below_floor: Names of its weights with channels that the floor of the scale loses.
+        energies: Signal and noise of a sample of each weight that was rounded; see
+            :func:`~nxdi_expertscale.numerics.fp8.energies`.
     """
 
     recipe: str
@@ -56,6 +61,7 @@ class ShardRecord:
     source_digests: dict[str, str]
     source_identities: dict[str, str]
     below_floor: list[str]
+    energies: dict[str, tuple[float, float]]
 
 
 def digests_of_tensors(records: Iterable[ShardRecord]) -> dict[str, str]:
@@ -229,7 +235,7 @@ class Staging(ABC):
             if name.endswith(_RECORD_SUFFIX)
         ]
         if manifest is not None:
-            names += [record.name for record in (*manifest.shards, *manifest.files)]
+            names += [CARD, *(record.name for record in (*manifest.shards, *manifest.files))]
         for name in names:
             if self._destination.is_file(name) and not self._work.is_file(name):
                 self._destination.move(name, self._work)
@@ -243,7 +249,8 @@ class Staging(ABC):
         where = self._in_work(MANIFEST)
         manifest = parse_manifest(self._work.read(MANIFEST, limit=MAX_JSON_BYTES), where)
         records = (*manifest.shards, *manifest.files)
-        names = [record.name for record in records]
+        # Not among the records: whoever publishes the folder may edit the card.
+        names = [CARD, *(record.name for record in records)]
         for record in records:
             self._check_present(record)
         replaced = self._names_of_old()
@@ -286,7 +293,7 @@ class Staging(ABC):
             return []
         content = self._destination.read(MANIFEST, limit=MAX_JSON_BYTES)
         old = parse_manifest(content, f"{self.where}/{MANIFEST}")
-        return [record.name for record in (*old.shards, *old.files)]
+        return [CARD, *(record.name for record in (*old.shards, *old.files))]
 
     def _check_no_folder(self, names: Iterable[str]) -> None:
         for name in names:
@@ -319,6 +326,7 @@ def _parse_record(content: bytes, shard: str) -> ShardRecord | None:
             {name: bytes.fromhex(text).hex() for name, text in value["source_digests"].items()},
             {name: str(text) for name, text in value["source_identities"].items()},
             [str(name) for name in value["below_floor"]],
+            {name: (float(s), float(n)) for name, (s, n) in value["energies"].items()},
         )
     except (CheckpointError, KeyError, TypeError, AttributeError, ValueError):
         return None

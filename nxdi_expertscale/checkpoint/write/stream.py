@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -161,12 +162,14 @@ class _OpenShard:
         self.digests: dict[str, list[bytes]] = {}
         self.scale_digests: dict[str, str] = {}
         self.below_floor: set[str] = set()
+        self.energies: dict[str, list[tuple[float, float]]] = {}
         self._identities = identities
         self._staging = staging
         self._chunks_left = 0
         for planned in plan.tensors:
             count = sum(1 for _ in row_ranges(planned.weight.tensor))
             self.digests[planned.name] = [b""] * count
+            self.energies[planned.name] = []
             self._chunks_left += count
         self._lock = threading.Lock()
         staging.forget(plan.name)
@@ -203,6 +206,13 @@ class _OpenShard:
             | self.scale_digests,
             source_identities=self._identities,
             below_floor=sorted(self.below_floor),
+            # Exact sums: they do not depend on which thread came first.
+            energies={
+                name: (math.fsum(signal), math.fsum(noise))
+                for name, parts in self.energies.items()
+                if parts
+                for signal, noise in [zip(*parts, strict=True)]
+            },
         )
         self._staging.finish(record)
         return record
@@ -288,5 +298,7 @@ def _convert_chunk(item: _WorkItem, converter: RowConverter) -> None:
     item.shard.digests[item.planned.name][item.chunk.number] = digest
     if converted.is_below_floor:
         item.shard.below_floor.add(item.planned.name)
+    if converted.energies is not None:
+        item.shard.energies[item.planned.name].append(converted.energies)
     for name, rows in converted.outputs.items():
         item.write(name, rows)
