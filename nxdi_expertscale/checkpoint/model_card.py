@@ -115,7 +115,6 @@ def model_card(
     manifest = read_manifest(folder)
     model = open_model(folder)
     return render_card(
-        Path(folder).absolute().name,
         manifest,
         BaseModel(base_model, revision),
         num_experts=model.config.num_experts,
@@ -126,7 +125,6 @@ def model_card(
 
 
 def render_card(
-    title: str,
     manifest: Manifest,
     base: BaseModel,
     *,
@@ -139,7 +137,6 @@ def render_card(
     """Write a card.
 
     Args:
-        title: Its first line.
         manifest: How the checkpoint was made.
         base: What it was made from.
         num_experts: Experts of a layer.
@@ -148,12 +145,14 @@ def render_card(
         errors: The error of each layer.
         how_measured: What the errors were measured on.
     """
+    # Not the folder's name: the same source and settings give the same bytes, wherever they lie.
+    name = base.name.rpartition("/")[2] if base.name else manifest.model_type
     tensors = ", ".join(f"{number} {kind}" for kind, number in manifest.tensors.items() if number)
     kept = ", ".join(f"`{name}`" for name in manifest.modules_to_not_convert)
     of_revision = f", revision `{base.revision}`," if base.revision else ""
     at_revision = f" --revision {base.revision}" if base.revision else ""
     parts = [
-        f"# {printable(title)}",
+        f"# {printable(name)} in FP8, one scale per expert",
         f"{f'`{base.name}`' if base.name else 'The original model'}{of_revision} in FP8 (E4M3 "
         "within ±240, the range of Trainium), with one scale for each output channel of each of "
         f"the {num_experts} experts in a layer.",

@@ -219,7 +219,6 @@ def quantize_checkpoint(
                 staging.write(
                     CARD,
                     render_card(
-                        Path(destination.path).absolute().name,
                         manifest,
                         find_base_model(source.folder),
                         num_experts=source.config.num_experts,

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -27,7 +27,10 @@ from nxdi_expertscale.errors import one_line
 from nxdi_expertscale.version import __version__
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from nxdi_expertscale.checkpoint.quantization_error import LayerError
+    from nxdi_expertscale.display.results import Shown
 
 MOST_WORKERS = 256
 MOST_TOKENS = 1 << 20
@@ -205,6 +208,38 @@ def plot_option(function: _Function) -> _Function:
     )(function)
 
 
+def html_option(function: _Function) -> _Function:
+    """Add ``--html``."""
+    return click.option(
+        "--html",
+        metavar="FILE",
+        type=PATH,
+        help="Write the result as a page as well, which needs nothing beside it.",
+    )(function)
+
+
+def _check_files(plot: Path | None, html: Path | None) -> None:
+    """Check that a picture and a page can be written, before there is anything to write."""
+    from nxdi_expertscale.cli import pages
+
+    _check_files(plot, html)
+    if html is not None:
+        pages.check_file(html)
+
+
+def _write_files(
+    result: Shown, title: str, draw: Callable[[], Figure], plot: Path | None, html: Path | None
+) -> None:
+    """Write a result's picture, and its page with the picture in it where there can be one."""
+    from nxdi_expertscale.cli import pages, plots
+
+    if plot is not None:
+        plots.save(draw(), plot)
+    if html is not None:
+        picture = plots.as_png(draw()) if plots.can_be_drawn() else None
+        pages.write_page(result, title, picture, html)
+
+
 @contextmanager
 def _reading(spool: Path | None, *places: str | None, into: str | None = None) -> Iterator[None]:
     """Say what of a disk is taken for checkpoints that are not on this host, and then read them.
@@ -373,6 +408,7 @@ def verify(
 @cli.command()
 @click.argument("checkpoint", type=PLACE)
 @plot_option
+@html_option
 @workers_option
 @spool_option
 @json_option
@@ -380,6 +416,7 @@ def inspect(
     *,
     checkpoint: str,
     plot: Path | None,
+    html: Path | None,
     workers: int | None,
     spool: Path | None,
     as_json: bool,
@@ -393,13 +430,12 @@ def inspect(
     from nxdi_expertscale.cli import plots, tables
     from nxdi_expertscale.cli.progress import progress_bar
 
-    if plot is not None:
-        plots.check_file(plot)
+    _check_files(plot, html)
     with _reading(spool, checkpoint), progress_bar("reading") as progress:
         result = inspect_checkpoint(checkpoint, workers=workers, spool=spool, progress=progress)
     print_report(to_json(result) if as_json else tables.inspection_summary(result))
-    if plot is not None:
-        plots.draw_heat_map(result, plot)
+    title = f"{PurePath(result.folder).name}: how far the experts' scales lie apart"
+    _write_files(result, title, lambda: plots.heat_map(result), plot, html)
 
 
 @cli.command("neuron-config")
@@ -520,6 +556,7 @@ def card(*, dst: Path, base_model: str, against: Path | None, workers: int | Non
     help="How many tokens of the text to predict.",
 )
 @plot_option
+@html_option
 @spool_option
 @json_option
 def evaluate(
@@ -529,6 +566,7 @@ def evaluate(
     text: Path | None,
     tokens: int,
     plot: Path | None,
+    html: Path | None,
     spool: Path | None,
     as_json: bool,
 ) -> None:
@@ -548,8 +586,8 @@ def evaluate(
             src, dst, text=text, tokens=tokens, spool=spool, progress=progress
         )
     print_report(to_json(result) if as_json else tables.evaluation_table(result))
-    if plot is not None:
-        plots.draw_evaluation(result, plot)
+    title = f"{PurePath(result.destination).name} against {PurePath(result.source).name}"
+    _write_files(result, title, lambda: plots.error_curves(result), plot, html)
 
 
 @cli.command()
@@ -572,4 +610,4 @@ def demo(*, as_json: bool) -> None:
     else:
         file = result.folder / "evaluation.png"
         print_report(tables.demo_summary(result, str(file)))
-        plots.draw_evaluation(result.spread, file)
+        plots.save(plots.error_curves(result.spread), file)

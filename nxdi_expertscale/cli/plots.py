@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path, PurePath
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from nxdi_expertscale.errors import ConfigurationError, printable, shorten
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from nxdi_expertscale.checkpoint import Inspection
     from nxdi_expertscale.checkpoint.expert_spread import LayerSpread
     from nxdi_expertscale.evaluation.evaluate import Evaluation
@@ -19,6 +22,8 @@ _FORMATS = (".png", ".pdf", ".svg")
 _ORIGINAL, _EXPERT_WISE, _AVERAGED = "tab:gray", "tab:blue", "tab:red"
 _WELL_APART = 1.5
 """A factor from the mean at which it is no accident on which side of it a projection lies."""
+
+_DPI = 150
 
 _TALLEST = 40.0
 """Inches of the tallest picture: a row for each layer of 170, and narrower rows beyond."""
@@ -48,7 +53,23 @@ def check_file(file: Path) -> None:
         raise ConfigurationError(f"--plot: {file.parent} is not a folder; name one that is there")
 
 
-def draw_heat_map(result: Inspection, file: Path) -> None:
+def save(figure: Figure, file: Path) -> None:
+    """Write a picture into a file, one that :func:`check_file` let pass.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    figure.savefig(file, dpi=_DPI)
+
+
+def as_png(figure: Figure) -> bytes:
+    """A picture as the bytes of a PNG."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=_DPI, format="png")
+    return content.getvalue()
+
+
+def heat_map(result: Inspection) -> Figure:
     """Draw the scale of each expert over the mean of its layer, as a heat map.
 
     One row for each layer, one column for each expert; beside it the error that one shared scale
@@ -57,11 +78,9 @@ def draw_heat_map(result: Inspection, file: Path) -> None:
 
     Args:
         result: The spread of the experts' scales.
-        file: The file to write, one that :func:`check_file` let pass.
 
     Raises:
         ConfigurationError: There are no experts.
-        OSError: The file cannot be written.
     """
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
@@ -99,7 +118,7 @@ def draw_heat_map(result: Inspection, file: Path) -> None:
     bars.set(xlabel="error of the weights", title="with one shared scale", xlim=(0, None))
     bars.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _set_title(figure, f"{PurePath(result.folder).name}: how far the experts' scales lie apart")
-    figure.savefig(file, dpi=150)
+    return figure
 
 
 def panels(layers: Sequence[LayerSpread]) -> dict[str, list[tuple[float, ...]]]:
@@ -134,16 +153,8 @@ def _ratio(value: float, _position: int | None = None) -> str:
     return f"{value:g}" if value >= 1 else f"1/{1 / value:g}"
 
 
-def draw_evaluation(result: Evaluation, file: Path) -> None:
-    """Draw the error of each layer's experts, and the perplexities.
-
-    Args:
-        result: The errors and perplexities.
-        file: The file to write, one that :func:`check_file` let pass.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
+def error_curves(result: Evaluation) -> Figure:
+    """Draw the error of each layer's experts, and the perplexities."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure = _figure(10, 4)
@@ -164,7 +175,7 @@ def draw_evaluation(result: Evaluation, file: Path) -> None:
     perplexities.set(title="perplexity (lower is better)")
     perplexities.margins(y=0.1)
     _set_title(figure, f"{PurePath(result.destination).name}, {result.tokens} tokens of text")
-    figure.savefig(file, dpi=150)
+    return figure
 
 
 def _set_title(figure: Any, title: str) -> None:
@@ -172,7 +183,7 @@ def _set_title(figure: Any, title: str) -> None:
     figure.suptitle(shorten(printable(title), 120), parse_math=False)
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float) -> Figure:
     """Make an empty picture, sizes in inches, without touching anything global of matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

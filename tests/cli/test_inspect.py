@@ -141,7 +141,7 @@ def test_picture_of_more_layers_than_any_model_has(
     found = inspect_checkpoint(folders[0])
     layers = tuple(dataclasses.replace(found.layers[0], layer=n) for n in range(3_000))
 
-    plots.draw_heat_map(dataclasses.replace(found, layers=layers), tmp_path / "map.png")
+    plots.save(plots.heat_map(dataclasses.replace(found, layers=layers)), tmp_path / "map.png")
 
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 

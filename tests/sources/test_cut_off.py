@@ -17,7 +17,7 @@ from moto.server import ThreadedMotoServer
 from nxdi_expertscale.checkpoint import quantize_checkpoint, verify_checkpoint
 from nxdi_expertscale.checkpoint.write import s3_staging
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
-from nxdi_expertscale.checkpoint.write.staging import WORK
+from nxdi_expertscale.checkpoint.write.staging import CARD, WORK
 from tests.harness import checkpoints, loopback_hub, processes
 
 KILLS = int(os.environ.get("NXDI_EXPERTSCALE_KILLS", "12"))
@@ -76,8 +76,8 @@ def expected(src: Path, tmp_path: Path) -> Files:
 
 
 def without_manifest(files: Files) -> Files:
-    """All files but the one that says where the rest was made from."""
-    return {name: files[name] for name in files if name != MANIFEST}
+    """All files but those that say where the rest was made from."""
+    return {name: files[name] for name in files if name not in (MANIFEST, CARD)}
 
 
 def put(s3: Any, folder: Path, prefix: str) -> str:

@@ -20,6 +20,8 @@ from nxdi_expertscale.checkpoint import (
     run_dry,
     verify_checkpoint,
 )
+from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
+from nxdi_expertscale.checkpoint.write.staging import CARD
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 from nxdi_expertscale.sources import hub as hub_source
 from nxdi_expertscale.sources import remote, spool
@@ -52,9 +54,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    """Every file but the manifest, which says where the rest was made from."""
+    """Every file but manifest and card, which say where the rest was made from."""
     files = checkpoints.contents(folder)
-    return {name: files[name] for name in files if name != "nxdi_expertscale.json"}
+    return {name: files[name] for name in files if name not in (MANIFEST, CARD)}
 
 
 def test_a_model_of_the_hub_becomes_what_its_folder_does(hub: Hub, tmp_path: Path) -> None:

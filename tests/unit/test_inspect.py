@@ -85,7 +85,7 @@ class TestHeatMap:
         image = pytest.importorskip("matplotlib.image")
         result = inspect_checkpoint(checkpoints.save(tmp_path / "src"))
 
-        plots.draw_heat_map(result, tmp_path / "map.png")
+        plots.save(plots.heat_map(result), tmp_path / "map.png")
 
         pixels = image.imread(tmp_path / "map.png")[..., :3]
         colours = {tuple(pixel) for pixel in pixels[:: pixels.shape[0] // 50].reshape(-1, 3)}

@@ -18,6 +18,7 @@ from nxdi_expertscale.checkpoint import (
 from nxdi_expertscale.checkpoint.write import s3_staging
 from nxdi_expertscale.checkpoint.write import staging as staging_module
 from nxdi_expertscale.checkpoint.write.s3_staging import S3Folder
+from nxdi_expertscale.checkpoint.write.staging import CARD
 from nxdi_expertscale.errors import CheckpointError, ConfigurationError
 from nxdi_expertscale.sources import remote
 from nxdi_expertscale.sources.locate import open_source
@@ -65,8 +66,8 @@ def contents(server: S3, prefix: str = "models/small-fp8") -> dict[str, bytes]:
 
 
 def without_manifest(files: dict[str, bytes]) -> dict[str, bytes]:
-    """All files but the one that says where the rest was made from."""
-    return {name: files[name] for name in files if name != MANIFEST}
+    """All files but those that say where the rest was made from."""
+    return {name: files[name] for name in files if name not in (MANIFEST, CARD)}
 
 
 @pytest.fixture

@@ -235,8 +235,8 @@ class Staging(ABC):
             if name.endswith(_RECORD_SUFFIX)
         ]
         if manifest is not None:
-            names += [CARD, *(record.name for record in (*manifest.shards, *manifest.files))]
-        for name in names:
+            names += [record.name for record in (*manifest.shards, *manifest.files)]
+        for name in (CARD, *names):
             if self._destination.is_file(name) and not self._work.is_file(name):
                 self._destination.move(name, self._work)
 
