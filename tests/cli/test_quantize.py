@@ -68,7 +68,7 @@ def test_a_name_that_no_module_has_is_refused_with_names_that_are_near(
 
     assert_refused(
         result,
-        "modules_to_not_convert: 'self_atn.q_proj' is no part of any module's name; did you mean "
+        "--modules-to-not-convert: 'self_atn.q_proj' is no part of any module's name; did you mean "
         "'self_attn.q_proj'",
     )
     assert not (tmp_path / "dst").exists()
