@@ -220,9 +220,10 @@ def html_option(function: _Function) -> _Function:
 
 def _check_files(plot: Path | None, html: Path | None) -> None:
     """Check that a picture and a page can be written, before there is anything to write."""
-    from nxdi_expertscale.cli import pages
+    from nxdi_expertscale.cli import pages, plots
 
-    _check_files(plot, html)
+    if plot is not None:
+        plots.check_file(plot)
     if html is not None:
         pages.check_file(html)
 
@@ -579,8 +580,7 @@ def evaluate(
     from nxdi_expertscale.cli.progress import progress_bar
     from nxdi_expertscale.evaluation.evaluate import evaluate_checkpoint
 
-    if plot is not None:
-        plots.check_file(plot)
+    _check_files(plot, html)
     with _reading(spool, src, dst), progress_bar("evaluating", in_bytes=False) as progress:
         result = evaluate_checkpoint(
             src, dst, text=text, tokens=tokens, spool=spool, progress=progress
