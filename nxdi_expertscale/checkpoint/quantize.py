@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,12 @@ from nxdi_expertscale.checkpoint.read.files import (
 )
 from nxdi_expertscale.checkpoint.read.model import Model, open_model
 from nxdi_expertscale.checkpoint.upstream_limits import warn_of_limits
+from nxdi_expertscale.checkpoint.write.cluster import ClusterExecutor, check_address
 from nxdi_expertscale.checkpoint.write.destination import (
     check_space,
     translate_disk_errors,
 )
+from nxdi_expertscale.checkpoint.write.executor import Executor, Run
 from nxdi_expertscale.checkpoint.write.locate import open_destination, spool_for
 from nxdi_expertscale.checkpoint.write.manifest import (
     MANIFEST,
@@ -108,6 +111,7 @@ def quantize_checkpoint(
     overwrite: bool = False,
     keep_mtp: bool = False,
     spool: Path | None = None,
+    ray: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | bool = True,
 ) -> QuantizationResult:
@@ -133,6 +137,10 @@ def quantize_checkpoint(
         spool: Folder for what is read of a source that is not on this host, up to 2.15 GB at a
             time, and for the files that are on their way to S3, up to four; by default on the
             disk of a destination that is a folder, and else in the user's cache.
+        ray: Address of a Ray cluster (``HOST:PORT`` of its head, or ``auto``) whose nodes write the
+            weights; this host has to be one of them. Each has to reach ``src`` and ``dst`` under
+            the same names: a folder that they share, the Hub, S3. ``workers`` and ``spool`` are
+            then those of each node.
         max_shard_bytes: Size of the files of weights.
         progress: Called with bytes of the source that are done, and all of them. By default a bar
             is shown in a terminal or a notebook; False shows none.
@@ -140,7 +148,7 @@ def quantize_checkpoint(
     Raises:
         CheckpointError: The source is malformed or not supported, the destination is taken, or
             there is too little space.
-        ConfigurationError: A setting is not possible.
+        ConfigurationError: A setting is not possible, or the cluster cannot be joined.
 
     Example:
         >>> quantize_checkpoint("Qwen3-30B-A3B", "Qwen3-30B-A3B-FP8").tensors
@@ -148,12 +156,15 @@ def quantize_checkpoint(
     """
     started = time.perf_counter()
     check_settings(modules_to_not_convert, workers, max_shard_bytes)
+    if ray is not None:
+        check_address(ray)
     meanwhile = spool_for(dst, spool)
-    destination = open_destination(dst, meanwhile)
+    destination = open_destination(dst, spool)
 
     with (
         open_source(src, spool=meanwhile) as opened,
         showing(progress, "quantizing") as report,
+        ExitStack() as joined,
     ):
         # 1. Open the source: its config, the headers of its files, its weights and their scales.
         source = open_model(opened, keep_mtp=keep_mtp)
@@ -166,6 +177,9 @@ def quantize_checkpoint(
         original_card = read_card(source.folder)
         destination.check(source, overwrite=overwrite)
         check_space(plan.nbytes, destination)
+        cluster: Executor | None = None
+        if ray is not None:
+            cluster = joined.enter_context(ClusterExecutor(ray, workers=workers, spool=spool))
 
         with translate_disk_errors(destination.path), destination.staging() as staging:
             # 3. Publish what an earlier run wrote completely; if that is what was asked for, it
@@ -181,16 +195,16 @@ def quantize_checkpoint(
                 # 4. Read, convert and write the weights, shard by shard. From here on torch is
                 #    needed.
                 from nxdi_expertscale.checkpoint.write.convert import SAMPLED
-                from nxdi_expertscale.checkpoint.write.stream import write_shards
+                from nxdi_expertscale.checkpoint.write.stream import LocalExecutor, write_shards
 
                 source_before = source_files(source)
+                threads = workers or available_cores()
+                meter = Meter(plan.source_bytes, report)
                 records, resumed = write_shards(
-                    source,
-                    source_before,
+                    Run(source, source_before, destination, staging, meter),
                     plan.shards,
-                    staging,
-                    workers=workers or available_cores(),
-                    meter=Meter(plan.source_bytes, report),
+                    cluster or LocalExecutor(threads),
+                    workers=threads,
                 )
 
                 below_floor = tuple(sorted(n for r in records.values() for n in r.below_floor))

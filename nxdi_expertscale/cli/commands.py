@@ -293,6 +293,11 @@ def _reading(spool: Path | None, *places: str | None, into: str | None = None) -
     help="Only show what would be made, and what it takes; no weight is read.",
 )
 @spool_option
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Spread the work over the nodes of this Ray cluster: HOST:PORT of its head, or auto.",
+)
 @json_option
 def quantize(
     *,
@@ -304,6 +309,7 @@ def quantize(
     keep_mtp: bool,
     is_dry_run: bool,
     spool: Path | None,
+    ray: str | None,
     as_json: bool,
 ) -> ExitStatus:
     """Make the FP8 checkpoint DST from the checkpoint SRC.
@@ -311,7 +317,8 @@ def quantize(
     SRC is a folder with config.json and safetensors files, ORG/NAME or ORG/NAME@REVISION of the
     Hugging Face Hub where there is no such folder, or s3://BUCKET/PREFIX. A run that was cut off
     is continued by the same command. With --dry-run the status is 1 if the disk has too little
-    room.
+    room. With --ray, SRC and DST are what all nodes of the cluster reach by these names: a folder
+    that they share, the Hub, S3; --workers and --spool are those of each node.
     """
     from nxdi_expertscale.checkpoint import quantize_checkpoint
     from nxdi_expertscale.cli import tables
@@ -319,6 +326,8 @@ def quantize(
     from nxdi_expertscale.display.results import listed
 
     if is_dry_run:
+        if ray is not None:
+            raise click.UsageError("--dry-run measures this host alone; leave --ray out")
         from nxdi_expertscale.checkpoint import run_dry
 
         found = run_dry(
@@ -342,6 +351,7 @@ def quantize(
             overwrite=overwrite,
             keep_mtp=keep_mtp,
             spool=spool,
+            ray=ray,
             progress=progress,
         )
     if result.code_left_out:

@@ -22,6 +22,9 @@ from nxdi_expertscale.sources.remote import (
     TransientError,
 )
 
+HUB_SCHEME = "hf://"
+"""What a model's name in a manifest begins with."""
+
 _PIECE_BYTES = 1 << 20
 
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -71,7 +74,7 @@ def _open_cached(hub: Any, model: str, revision: str | None) -> Folder:
 
 
 def _origin(model: str, commit: str) -> str:
-    return f"hf://{model}@{commit}"
+    return f"{HUB_SCHEME}{model}@{commit}"
 
 
 class _Hub:

@@ -23,6 +23,13 @@ def is_remote(name: str | os.PathLike[str]) -> bool:
     )
 
 
+def address_of(source: Source) -> str:
+    """What :func:`open_source` takes for the same files on another host."""
+    from nxdi_expertscale.sources.hub import HUB_SCHEME
+
+    return str(source.path) if source.origin is None else source.origin.removeprefix(HUB_SCHEME)
+
+
 def open_source(name: str | os.PathLike[str], *, spool: Path | None = None) -> Source:
     """Open a checkpoint for reading.
 

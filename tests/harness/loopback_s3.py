@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class S3:
         uploads: The parts of uploads that are not finished, by their ids.
         faults: What is done to the next reads of objects, in order: ``"break"`` after half of the
             bytes, or a status.
+        held: Names of objects whose last bytes are not given until they are taken off.
         refuse_parts: Whether no part of an upload is taken.
         written: The keys that appeared, in order.
     """
@@ -52,6 +54,7 @@ class S3:
         default_factory=dict
     )
     faults: list[str | int] = field(default_factory=list)
+    held: set[str] = field(default_factory=set)
     refuse_parts: bool = False
     written: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -140,6 +143,7 @@ class _Handler(loopback.Quiet, BaseHTTPRequestHandler):
         content, status = found.content, 200
         if "Range" in self.headers:
             first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+            self._wait(key, int(last) + 1 >= len(content))
             content, status = content[int(first) : int(last) + 1], 206
         if fault == "break":
             self._send(status, b"", length=len(content), **self._headers(found))
@@ -147,6 +151,10 @@ class _Handler(loopback.Quiet, BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self._send(status, content, **self._headers(found))
+
+    def _wait(self, key: str, is_end: bool) -> None:
+        while is_end and key.rpartition("/")[2] in self.s3.held:
+            time.sleep(0.05)
 
     def do_PUT(self) -> None:
         bucket, key, query = self._parse()

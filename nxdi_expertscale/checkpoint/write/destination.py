@@ -13,9 +13,13 @@ from typing import Protocol
 from rich import filesize
 
 from nxdi_expertscale.checkpoint.read.model import Model
-from nxdi_expertscale.checkpoint.write.folder_staging import FolderStaging, is_complete
+from nxdi_expertscale.checkpoint.write.folder_staging import (
+    FolderNodeStore,
+    FolderStaging,
+    is_complete,
+)
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, read_manifest
-from nxdi_expertscale.checkpoint.write.staging import WORK, Staging
+from nxdi_expertscale.checkpoint.write.staging import WORK, NodeStore, Staging
 from nxdi_expertscale.checkpoint.write.stray_weights import find_stray_weights
 from nxdi_expertscale.errors import CheckpointError, parameter
 
@@ -62,6 +66,17 @@ class Destination(Protocol):
     def staging(self) -> Staging:
         """Its hidden folder."""
 
+    def node_store(self, run: str) -> NodeStore:
+        """Its hidden folder, on another host that this was sent to.
+
+        Args:
+            run: What the run calls itself in :data:`~.staging.RUN`.
+
+        Raises:
+            OSError: There is none.
+            CheckpointError: It cannot be reached.
+        """
+
 
 @dataclass(frozen=True)
 class FolderDestination:
@@ -80,6 +95,10 @@ class FolderDestination:
     def staging(self) -> Staging:
         """Its hidden folder."""
         return FolderStaging(self.path)
+
+    def node_store(self, run: str) -> NodeStore:
+        """Its hidden folder, on another host."""
+        return FolderNodeStore(self.path, run)
 
 
 def check_destination(source: Model, destination: Path, *, overwrite: bool) -> None:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import fcntl
 import os
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
+from nxdi_expertscale.checkpoint.json_files import MAX_JSON_BYTES
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, FileRecord
 from nxdi_expertscale.checkpoint.write.pinned_folder import PinnedFolder
-from nxdi_expertscale.checkpoint.write.staging import LOCK, WORK, Staging
+from nxdi_expertscale.checkpoint.write.staging import LOCK, RUN, WORK, Staging
 from nxdi_expertscale.errors import CheckpointError, CheckpointInUseError
+from nxdi_expertscale.sources.closing import Closing
 
 
 def is_complete(destination: Path) -> bool:
@@ -70,7 +73,7 @@ class FolderStaging(Staging):
     ) -> None:
         with self._open:
             if kind is not None and not self._work.is_file(MANIFEST):
-                self._remove_all_but_finished()
+                self.remove_unfinished()
             if self._work.names() == [LOCK]:
                 self._work.remove(LOCK)
                 self._destination.remove_folder(WORK)
@@ -115,9 +118,53 @@ class FolderStaging(Staging):
 
     def store(self, name: str, file: FileIO) -> FileRecord:
         """Flush a file that is written completely to the disk, and close it; its record."""
-        # The disk is waited for while the digest is made, from the same pages.
-        with file, ThreadPoolExecutor(1) as waiting:
-            flushed = waiting.submit(os.fsync, file.fileno())
-            record = self.file_record(name)
-            flushed.result()
-        return record
+        return _store(self._work, name, file, name)
+
+    def adopt(self, record: FileRecord, stored_as: str) -> None:
+        """Give a file that another host has stored its name."""
+        self._work.move(stored_as, self._work, record.name)
+
+
+class FolderNodeStore(Closing):
+    """The hidden folder of a destination on another host that shares it; see :class:`NodeStore`.
+
+    Files have names that no other process uses until the run adopts them. So a process that is
+    given up, and goes on, does no harm.
+
+    Raises:
+        OSError: There is no such folder.
+    """
+
+    def __init__(self, destination: Path, run: str) -> None:
+        self._work = PinnedFolder.open(destination / WORK)
+        self._run = run.encode()
+        self._prefix = uuid.uuid4().hex
+
+    def is_of_run(self) -> bool:
+        """Whether it is the hidden folder that the run writes to."""
+        return self._work.is_file(RUN) and self._work.read(RUN, limit=MAX_JSON_BYTES) == self._run
+
+    def stored_as(self, name: str) -> str:
+        """The name by which it stores a file."""
+        return f"{self._prefix}-{name}"
+
+    def create(self, name: str) -> FileIO:
+        """Create a file that is written in many parts."""
+        return self._work.create(self.stored_as(name))
+
+    def store(self, name: str, file: FileIO) -> FileRecord:
+        """Flush a file that is written completely to the disk, and close it; its record."""
+        return _store(self._work, self.stored_as(name), file, name)
+
+    def close(self) -> None:
+        """Close the folder."""
+        self._work.close()
+
+
+def _store(folder: PinnedFolder, stored_as: str, file: FileIO, name: str) -> FileRecord:
+    # The disk is waited for while the digest is made, from the same pages.
+    with file, ThreadPoolExecutor(1) as waiting:
+        flushed = waiting.submit(os.fsync, file.fileno())
+        record = FileRecord(name, folder.size(stored_as), folder.digest(stored_as))
+        flushed.result()
+    return record

@@ -10,8 +10,8 @@ from nxdi_expertscale.checkpoint.read.model import Model
 from nxdi_expertscale.checkpoint.write.destination import Space
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST, parse_manifest
 from nxdi_expertscale.checkpoint.write.plan import MAX_OPEN_SHARDS, MAX_SHARD_BYTES
-from nxdi_expertscale.checkpoint.write.s3_staging import S3Folder, S3Staging
-from nxdi_expertscale.checkpoint.write.staging import WORK, Staging
+from nxdi_expertscale.checkpoint.write.s3_staging import S3Folder, S3NodeStore, S3Staging
+from nxdi_expertscale.checkpoint.write.staging import WORK, NodeStore, Staging
 from nxdi_expertscale.checkpoint.write.stray_weights import find_stray_weights
 from nxdi_expertscale.errors import CheckpointError, parameter
 from nxdi_expertscale.sources.s3 import Prefix, connect, parse_prefix
@@ -23,7 +23,7 @@ class S3Destination:
 
     def __init__(self, text: str, spool: Path | None) -> None:
         self._place = parse_prefix(text)
-        self._spool = spool
+        self._spool = None if spool is None else spool.absolute()
         self.path = str(self._place)
 
     def check(self, source: Model, *, overwrite: bool) -> None:
@@ -79,3 +79,7 @@ class S3Destination:
     def staging(self) -> Staging:
         """Its hidden keys."""
         return S3Staging(self.path, self._spool)
+
+    def node_store(self, run: str) -> NodeStore:
+        """Its hidden keys, on another host."""
+        return S3NodeStore(self.path, run, self._spool)

@@ -20,8 +20,11 @@ from types import TracebackType
 from typing import IO, Any, TypeVar, cast
 
 from nxdi_expertscale.checkpoint import digests
+from nxdi_expertscale.checkpoint.json_files import MAX_JSON_BYTES
 from nxdi_expertscale.checkpoint.write.manifest import FileRecord
-from nxdi_expertscale.checkpoint.write.staging import WORK, Staging
+from nxdi_expertscale.checkpoint.write.staging import RUN, WORK, Staging
+from nxdi_expertscale.errors import CheckpointInUseError
+from nxdi_expertscale.sources.closing import Closing
 from nxdi_expertscale.sources.remote import patiently
 from nxdi_expertscale.sources.s3 import Prefix, connect, parse_prefix, transfer_config, translated
 from nxdi_expertscale.sources.spool import spool_folder
@@ -138,6 +141,10 @@ class S3Folder:
             )
 
         self._ask(upload)
+        self.note(name, size)
+
+    def note(self, name: str, size: int) -> None:
+        """Note an object that is there since the objects were listed."""
         self._sizes[name] = size
 
     def move(self, name: str, folder: S3Folder, new_name: str | None = None) -> None:
@@ -186,6 +193,8 @@ class S3Staging(Staging):
 
     def __init__(self, destination: str, spool: Path | None) -> None:
         super().__init__(destination.rstrip("/"))
+        self._destination: S3Folder
+        self._work: S3Folder
         self._place = parse_prefix(destination)
         self._open = ExitStack()
         self._spool = spool_folder(spool)
@@ -196,8 +205,8 @@ class S3Staging(Staging):
         hidden = Prefix(self._place.bucket, self._place.key(WORK))
         try:
             self._destination = S3Folder(client, self._place)
-            self._work = work = S3Folder(client, hidden)
-            work.abort_uploads()
+            self._work = S3Folder(client, hidden)
+            self._work.abort_uploads()
         except BaseException:
             self._open.close()
             raise
@@ -214,17 +223,73 @@ class S3Staging(Staging):
     def create(self, name: str) -> FileIO:
         """Create a file on this host, which :meth:`store` uploads."""
         del name
-        return tempfile.TemporaryFile(dir=self._spool, buffering=0)
+        return _create(self._spool)
 
     def store(self, name: str, file: FileIO) -> FileRecord:
         """Upload a file that is written completely, and give its space back; its record."""
-        with file:
-            file.seek(0)
-            digest, size = digests.digest_file_object(file), file.tell()
-            work = cast(S3Folder, self._work)
-            work.upload(name, file, digest, size)
-        return FileRecord(name, size, digest)
+        return _upload(self._work, name, file)
+
+    def adopt(self, record: FileRecord, stored_as: str) -> None:
+        """Note an object that another host has uploaded: it has its name already."""
+        self._work.note(stored_as, record.size)
 
     def _move_all(self, names: Iterable[str]) -> None:
         with ThreadPoolExecutor(_MOVES_AT_A_TIME) as pool:
             list(pool.map(lambda name: self._work.move(name, self._destination), names))
+
+
+class S3NodeStore(Closing):
+    """The hidden keys of a destination on another host; see :class:`NodeStore`.
+
+    Raises:
+        CheckpointError: S3 does not answer.
+    """
+
+    def __init__(self, destination: str, run: str, spool: Path | None) -> None:
+        place = parse_prefix(destination)
+        self._where = destination
+        self._run = run.encode()
+        self._client = connect(destination)
+        self._work = S3Folder(self._client, Prefix(place.bucket, place.key(WORK)))
+        self._spool = spool_folder(spool)
+
+    def is_of_run(self) -> bool:
+        """Whether these are the hidden keys that the run writes to."""
+        return self._work.is_file(RUN) and self._work.read(RUN, limit=MAX_JSON_BYTES) == self._run
+
+    def stored_as(self, name: str) -> str:
+        """The name by which it stores an object; each appears whole, whoever uploads it."""
+        return name
+
+    def create(self, name: str) -> FileIO:
+        """Create a file on this host, which :meth:`store` uploads."""
+        del name
+        return _create(self._spool)
+
+    def store(self, name: str, file: FileIO) -> FileRecord:
+        """Upload a file that is written completely, and give its space back; its record.
+
+        Raises:
+            CheckpointInUseError: Another run writes to the prefix meanwhile.
+        """
+        # A process that is believed dead and is not must not write over what is made since.
+        if not self.is_of_run():
+            file.close()
+            raise CheckpointInUseError(f"{self._where}: another run is writing to it")
+        return _upload(self._work, name, file)
+
+    def close(self) -> None:
+        """Close connections."""
+        self._client.close()
+
+
+def _create(spool: Path) -> FileIO:
+    return tempfile.TemporaryFile(dir=spool, buffering=0)
+
+
+def _upload(folder: S3Folder, name: str, file: FileIO) -> FileRecord:
+    with file:
+        file.seek(0)
+        digest, size = digests.digest_file_object(file), file.tell()
+        folder.upload(name, file, digest, size)
+    return FileRecord(name, size, digest)

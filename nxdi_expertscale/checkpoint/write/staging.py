@@ -35,6 +35,9 @@ CARD = "README.md"
 
 WORK = ".nxdi-expertscale"
 LOCK = "lock"
+RUN = "run"
+"""A file that names the run that writes, for the other hosts that write for it."""
+
 _SHARD_SUFFIX = ".safetensors"
 _RECORD_SUFFIX = ".record"
 """No file that is copied from a source ends so."""
@@ -67,6 +70,29 @@ class ShardRecord:
 def digests_of_tensors(records: Iterable[ShardRecord]) -> dict[str, str]:
     """The digest of each tensor of the source, from the records of all shards."""
     return {name: value for record in records for name, value in record.source_digests.items()}
+
+
+class ShardStore(Protocol):
+    """Where shards are written: a :class:`Staging`, or the part of it that another host has."""
+
+    def create(self, name: str) -> FileIO:
+        """Create a file that is written in many parts."""
+
+    def store(self, name: str, file: FileIO) -> FileRecord:
+        """Close a file that is written completely, and make sure that it is kept; its record."""
+
+
+class NodeStore(ShardStore, Protocol):
+    """What another host has of a :class:`Staging` while it writes shards for a run."""
+
+    def is_of_run(self) -> bool:
+        """Whether it is the hidden folder that the run writes to, which it was made for."""
+
+    def stored_as(self, name: str) -> str:
+        """The name by which it stores a file, for :meth:`Staging.adopt`."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
 
 
 class StagingFolder(Protocol):
@@ -172,6 +198,15 @@ class Staging(ABC):
         """Record that a shard is complete; its bytes have to be on the disk."""
         self.write(_record_of(record.file.name), json.dumps(asdict(record)).encode())
 
+    @abstractmethod
+    def adopt(self, record: FileRecord, stored_as: str) -> None:
+        """Take a shard that another host has stored; see :class:`ShardStore`.
+
+        Args:
+            record: The record of its file.
+            stored_as: The name by which the other host wrote it.
+        """
+
     def forget(self, name: str) -> None:
         """Remove the record of a shard that is to be written again."""
         self._work.remove(_record_of(name))
@@ -267,7 +302,8 @@ class Staging(ABC):
             if name != LOCK:
                 self._work.remove(name)
 
-    def _remove_all_but_finished(self) -> None:
+    def remove_unfinished(self) -> None:
+        """Remove everything but finished shards."""
         for name in self._work.names():
             is_finished = name.endswith(_SHARD_SUFFIX) and self._work.is_file(_record_of(name))
             if not (is_finished or name.endswith(_RECORD_SUFFIX) or name == LOCK):

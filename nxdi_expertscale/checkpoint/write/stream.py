@@ -11,44 +11,37 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from nxdi_expertscale.checkpoint import digests
-from nxdi_expertscale.checkpoint.parallel import Meter, for_each
+from nxdi_expertscale.checkpoint.parallel import for_each
 from nxdi_expertscale.checkpoint.read.chunks import Chunk, chunks_of, row_ranges
-from nxdi_expertscale.checkpoint.read.model import Model
+from nxdi_expertscale.checkpoint.read.files import WeightFiles
 from nxdi_expertscale.checkpoint.read.tensor_reader import TensorReader
 from nxdi_expertscale.checkpoint.read.values import ValueReader, as_bytes
 from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor
 from nxdi_expertscale.checkpoint.write.convert import RowConverter
+from nxdi_expertscale.checkpoint.write.executor import Executor, Run, ShardTask
 from nxdi_expertscale.checkpoint.write.plan import MAX_OPEN_SHARDS, PlannedTensor, ShardPlan
 from nxdi_expertscale.checkpoint.write.provenance import SourceFile, digest_tensor
-from nxdi_expertscale.checkpoint.write.staging import ShardRecord, Staging
+from nxdi_expertscale.checkpoint.write.staging import ShardRecord, ShardStore, Staging
 from nxdi_expertscale.version import __version__
 
 
 def write_shards(
-    source: Model,
-    files: Mapping[str, SourceFile],
-    shards: Sequence[ShardPlan],
-    staging: Staging,
-    *,
-    workers: int,
-    meter: Meter,
+    run: Run, shards: Sequence[ShardPlan], executor: Executor, *, workers: int
 ) -> tuple[dict[str, ShardRecord], int]:
     """Write the shards that an earlier run has not finished.
 
     Args:
-        source: What is read.
-        files: Its files, by name.
+        run: What is read, and where it is written.
         shards: What is to be written.
-        staging: Where.
-        workers: Threads.
-        meter: Counts the bytes of the source.
+        executor: Who does it.
+        workers: Threads that look at what is finished.
 
     Returns:
         The record of each shard by its name, and how many were there already.
@@ -57,12 +50,76 @@ def write_shards(
         CheckpointError: The source has NaN, infinity, or scales that are not positive.
         OSError: Reading or writing failed; what is finished stays.
     """
-    with TensorReader(source.files) as reader, ThreadPoolExecutor(1) as finisher:
-        records = _find_finished(shards, files, reader, staging, workers)
-        resumed = len(records)
-        meter.add(sum(shard.source_bytes for shard in shards if shard.name in records))
-        converter = RowConverter(ValueReader(source.files, reader))
-        finished: list[Future[ShardRecord]] = []
+    with TensorReader(run.source.files) as reader:
+        records = _find_finished(shards, run.files, reader, run.staging, workers)
+    resumed = len(records)
+    run.staging.remove_unfinished()
+    run.meter.add(sum(shard.source_bytes for shard in shards if shard.name in records))
+
+    def finish(record: ShardRecord) -> None:
+        run.staging.finish(record)
+        records[record.file.name] = record
+
+    todo = [
+        ShardTask(shard, _identities(shard, run.files))
+        for shard in shards
+        if shard.name not in records
+    ]
+    if todo:
+        executor.write(run, todo, finish)
+    return records, resumed
+
+
+@dataclass(frozen=True)
+class LocalExecutor:
+    """Threads of this process as an :class:`Executor`.
+
+    Attributes:
+        workers: How many.
+    """
+
+    workers: int
+
+    def write(
+        self, run: Run, tasks: Sequence[ShardTask], finish: Callable[[ShardRecord], None]
+    ) -> None:
+        """Write shards to the hidden folder; see :class:`Executor`."""
+        stream_shards(
+            run.source.files,
+            tasks,
+            run.staging,
+            workers=self.workers,
+            count=run.meter.add,
+            finish=finish,
+        )
+
+
+def stream_shards(
+    files: WeightFiles,
+    tasks: Iterable[ShardTask],
+    store: ShardStore,
+    *,
+    workers: int,
+    count: Callable[[int], None],
+    finish: Callable[[ShardRecord], None],
+) -> None:
+    """Read, convert and write shards, some at a time.
+
+    Args:
+        files: What is read.
+        tasks: The shards; the next is asked for when there is work for it.
+        store: Where they are written.
+        workers: Threads.
+        count: Called with bytes of the source that are done, from any thread.
+        finish: Called with the record of each shard that is stored, one at a time.
+
+    Raises:
+        CheckpointError: The source has NaN, infinity, or scales that are not positive.
+        OSError: Reading or writing failed.
+    """
+    with TensorReader(files) as reader, ThreadPoolExecutor(1) as finisher:
+        converter = RowConverter(ValueReader(files, reader))
+        finished: list[Future[None]] = []
         opened = _OpenShards()
 
         def work(item: _WorkItem) -> None:
@@ -71,10 +128,10 @@ def write_shards(
                 digest = digest_tensor(reader, scale.tensor)
                 item.shard.scale_digests[scale.tensor.name] = digest
             _convert_chunk(item, converter)
-            meter.add(item.chunk.nbytes)
+            count(item.chunk.nbytes)
             if item.shard.count_down():
                 # Waiting for the disk is left to a thread that does nothing else.
-                finished.append(finisher.submit(finish, item.shard))
+                finished.append(finisher.submit(store_and_finish, item.shard))
 
         def work_or_stop(item: _WorkItem) -> None:
             try:
@@ -83,25 +140,21 @@ def write_shards(
                 opened.stop()
                 raise
 
-        def finish(shard: _OpenShard) -> ShardRecord:
+        def store_and_finish(shard: _OpenShard) -> None:
             try:
-                record = shard.finish()
+                finish(shard.store())
             except BaseException:
                 opened.stop()
                 raise
             opened.count_down()
-            return record
 
-        todo = [shard for shard in shards if shard.name not in records]
         try:
-            for_each(work_or_stop, _work_items(todo, files, staging, opened), workers)
+            for_each(work_or_stop, _work_items(tasks, store, opened), workers)
             for future in finished:
-                record = future.result()
-                records[record.file.name] = record
+                future.result()
         finally:
             finisher.shutdown()
             opened.close()
-    return records, resumed
 
 
 def _find_finished(
@@ -157,14 +210,14 @@ def _recipe(shard: ShardPlan) -> str:
 class _OpenShard:
     """A shard that several workers write."""
 
-    def __init__(self, plan: ShardPlan, identities: dict[str, str], staging: Staging) -> None:
-        self.plan = plan
+    def __init__(self, task: ShardTask, store: ShardStore) -> None:
+        self.plan = plan = task.plan
         self.digests: dict[str, list[bytes]] = {}
         self.scale_digests: dict[str, str] = {}
         self.below_floor: set[str] = set()
         self.energies: dict[str, list[tuple[float, float]]] = {}
-        self._identities = identities
-        self._staging = staging
+        self._identities = task.identities
+        self._store = store
         self._chunks_left = 0
         for planned in plan.tensors:
             count = sum(1 for _ in row_ranges(planned.weight.tensor))
@@ -172,8 +225,7 @@ class _OpenShard:
             self.energies[planned.name] = []
             self._chunks_left += count
         self._lock = threading.Lock()
-        staging.forget(plan.name)
-        self._file = staging.create(plan.name)
+        self._file = store.create(plan.name)
         self.write(memoryview(plan.header), 0)
 
     def write(self, data: memoryview, offset: int) -> None:
@@ -195,11 +247,15 @@ class _OpenShard:
     def close(self) -> None:
         self._file.close()
 
-    def finish(self) -> ShardRecord:
-        """Flush the shard to the disk and record that it is complete."""
-        record = ShardRecord(
+    def store(self) -> ShardRecord:
+        """Make sure that the shard is kept.
+
+        Returns:
+            Its record.
+        """
+        return ShardRecord(
             recipe=_recipe(self.plan),
-            file=self._staging.store(self.plan.name, self._file),
+            file=self._store.store(self.plan.name, self._file),
             source_digests={
                 name: digests.combine(chunks).hex() for name, chunks in self.digests.items()
             }
@@ -214,8 +270,6 @@ class _OpenShard:
                 for signal, noise in [zip(*parts, strict=True)]
             },
         )
-        self._staging.finish(record)
-        return record
 
 
 class _OpenShards:
@@ -275,18 +329,15 @@ class _WorkItem:
 
 
 def _work_items(
-    todo: Iterable[ShardPlan],
-    files: Mapping[str, SourceFile],
-    staging: Staging,
-    opened: _OpenShards,
+    tasks: Iterable[ShardTask], store: ShardStore, opened: _OpenShards
 ) -> Iterator[_WorkItem]:
     """The chunks of all shards; a shard is opened, and noted, when its first chunk is due."""
-    for plan in todo:
+    for task in tasks:
         if not opened.wait_for_room():
             return
-        shard = _OpenShard(plan, _identities(plan, files), staging)
+        shard = _OpenShard(task, store)
         opened.add(shard)
-        for planned in plan.tensors:
+        for planned in task.plan.tensors:
             for chunk in chunks_of([planned.weight]):
                 yield _WorkItem(shard, planned, chunk)
 
