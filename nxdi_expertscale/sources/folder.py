@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from nxdi_expertscale.errors import CheckpointError, damaged, incomplete
+from nxdi_expertscale.errors import CheckpointError, damaged, incomplete, one_line
 from nxdi_expertscale.sources.closing import Closing
 
 
@@ -215,13 +215,29 @@ def _read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
     return len(data)
 
 
+def local_path(name: str | os.PathLike[str]) -> Path:
+    """The path on this host that a user names; ``~`` is the user's home.
+
+    Raises:
+        CheckpointError: It leads nowhere: a loop of links, or the home of nobody.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{os.fspath(name)!r}: no folder can be there ({one_line(error)}); name another one"
+        ) from None
+    return path
+
+
 def open_folder(path: str | os.PathLike[str]) -> Folder:
     """The folder at a path.
 
     Raises:
         CheckpointError: There is none.
     """
-    folder = Path(path)
+    folder = local_path(path)
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: is not a folder; name a local folder with config.json and safetensors "

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nxdi_expertscale.checkpoint import quantize_checkpoint
+from nxdi_expertscale.checkpoint import quantize_checkpoint, verify_checkpoint
 from nxdi_expertscale.checkpoint.read import chunks
 from nxdi_expertscale.checkpoint.write.folder_staging import FolderStaging
 from nxdi_expertscale.checkpoint.write.manifest import MANIFEST
@@ -394,6 +394,28 @@ class TestDestination:
                 quantize_checkpoint(src, dst, overwrite=True)
 
         assert checkpoints.contents(src) == before
+
+    def test_the_users_home_is_known(
+        self, src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+
+        quantize_checkpoint(f"~/{src.relative_to(tmp_path)}", "~/dst")
+
+        assert verify_checkpoint("~/dst").faults == ()
+        assert (tmp_path / "dst" / INDEX).is_file()
+        assert not (tmp_path / "~").exists()
+
+    @pytest.mark.parametrize("place", ["loop", "loop/dst", "nul\0", "~nobody-of-this-name/dst"])
+    def test_what_leads_nowhere_is_not_a_destination(
+        self, src: Path, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "loop").symlink_to("loop")
+
+        with pytest.raises(CheckpointError, match=r"no folder can be there|loop"):
+            quantize_checkpoint(src, place)
 
     def test_a_file_is_not_a_destination(self, src: Path, tmp_path: Path) -> None:
         (tmp_path / "dst").write_text("")

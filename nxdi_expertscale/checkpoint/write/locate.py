@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nxdi_expertscale.checkpoint.write.destination import Destination, FolderDestination
 from nxdi_expertscale.checkpoint.write.s3_destination import S3Destination
+from nxdi_expertscale.sources.folder import local_path
 from nxdi_expertscale.sources.locate import S3_SCHEME
 from nxdi_expertscale.sources.spool import spool_folder
 
@@ -17,10 +18,13 @@ def open_destination(dst: str | os.PathLike[str], spool: Path | None) -> Destina
     Args:
         dst: The name.
         spool: Where files lie until they are in S3.
+
+    Raises:
+        CheckpointError: It is no place; see :func:`~nxdi_expertscale.sources.folder.local_path`.
     """
     if is_in_s3(dst):
         return S3Destination(os.fspath(dst), spool)
-    return FolderDestination(Path(dst).absolute())
+    return FolderDestination(local_path(dst).absolute())
 
 
 def spool_for(dst: str | os.PathLike[str], spool: Path | None) -> Path:
@@ -33,7 +37,7 @@ def spool_for(dst: str | os.PathLike[str], spool: Path | None) -> Path:
     Raises:
         CheckpointError: There is none that can be written.
     """
-    return spool_folder(spool, beside=None if is_in_s3(dst) else Path(dst))
+    return spool_folder(spool, beside=None if is_in_s3(dst) else local_path(dst))
 
 
 def is_in_s3(dst: str | os.PathLike[str]) -> bool:

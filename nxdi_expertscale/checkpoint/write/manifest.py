@@ -20,7 +20,7 @@ from nxdi_expertscale.checkpoint.json_files import (
 )
 from nxdi_expertscale.checkpoint.read.files import CONFIG
 from nxdi_expertscale.errors import CheckpointError, one_line
-from nxdi_expertscale.sources.folder import is_file_name, open_folder
+from nxdi_expertscale.sources.folder import is_file_name, local_path, open_folder
 from nxdi_expertscale.sources.source import Source
 
 MANIFEST = "nxdi_expertscale.json"
@@ -111,7 +111,7 @@ def check_is_folder(folder: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: There is no folder.
     """
-    path = Path(folder)
+    path = local_path(folder)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such folder")
     if not path.is_dir():
