@@ -54,6 +54,14 @@ def save(folder: Path, config: dict[str, Any], state: State) -> Path:
     return folder
 
 
+def attention(layer: str) -> State:
+    """The attention and the norms of a layer."""
+    projections = {f"self_attn.{part}_proj": (HIDDEN, HIDDEN) for part in "qkvo"}
+    norms = {f"{part}_layernorm": (HIDDEN,) for part in ("input", "post_attention")}
+    shapes: dict[str, tuple[int, ...]] = {**projections, **norms}
+    return {f"{layer}.{name}.weight": random(*shape) for name, shape in shapes.items()}
+
+
 def qwen3_moe(dtype: torch.dtype = torch.bfloat16) -> State:
     """Stacked with the outputs first, as transformers 5 holds a Qwen3 MoE in memory."""
     state = {
@@ -62,6 +70,7 @@ def qwen3_moe(dtype: torch.dtype = torch.bfloat16) -> State:
         "lm_head.weight": random(VOCABULARY, HIDDEN),
     }
     for layer in range(2):
+        state |= attention(f"model.layers.{layer}")
         mlp = f"model.layers.{layer}.mlp"
         state[f"{mlp}.gate.weight"] = random(EXPERTS, HIDDEN)
         state[f"{mlp}.experts.gate_up_proj"] = random(EXPERTS, 2 * INNER, HIDDEN, dtype=dtype)
@@ -78,6 +87,8 @@ def llama4(dtype: torch.dtype = torch.bfloat16) -> State:
         f"{model}.norm.weight": random(HIDDEN),
         "language_model.lm_head.weight": random(VOCABULARY, HIDDEN),
         "vision_model.patch_embedding.linear.weight": random(HIDDEN, 12),
+        **attention(f"{model}.layers.0"),
+        **attention(f"{model}.layers.1"),
         f"{model}.layers.0.feed_forward.gate_proj.weight": random(30, HIDDEN),
         f"{moe}.router.weight": random(EXPERTS, HIDDEN),
         f"{moe}.shared_expert.gate_proj.weight": random(INNER, HIDDEN),

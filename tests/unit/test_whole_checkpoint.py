@@ -55,6 +55,12 @@ def test_a_layer_without_attention_is_told(tmp_path: Path) -> None:
     assert "layer 1: has no self_attn, and layer 0 has" in refusal(tmp_path, values)
 
 
+def test_a_model_without_attention_is_told(tmp_path: Path) -> None:
+    values = {n: v for n, v in checkpoints.tensors().items() if ".self_attn." not in n}
+
+    assert "layer 0: has no attention, nor anything in its place" in refusal(tmp_path, values)
+
+
 def test_a_bias_that_one_layer_has_is_missed_in_the_other(tmp_path: Path) -> None:
     values = checkpoints.tensors()
     values["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(64)

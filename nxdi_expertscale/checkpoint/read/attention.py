@@ -26,20 +26,23 @@ def check_attention(files: WeightFiles, config: ModelConfig, family: MoEFamily) 
     own (``v_head_dim``).
 
     Raises:
-        CheckpointError: A layer lacks a projection of its attention or a norm, or has one of
-            another shape than the config says.
+        CheckpointError: A layer has no attention, or lacks a projection of it or a norm, or has one
+            of another shape than the config says.
     """
     layers: dict[int, dict[str, StoredTensor]] = defaultdict(dict)
     for name, tensor in files.tensors.items():
         place = family.names.parse_layer_key(name)
         if place is not None and place[0] < config.num_hidden_layers:
             layers[place[0]][place[1]] = tensor
+    feed_forward = f"{family.experts.partition('{layer}.')[2].partition('.')[0]}."
     head_size = _head_size(config)
     heads_are_known = len(
         set(config.layer_types)
     ) < 2 and "v_head_dim" not in family.language_model_of(config.raw)
     for layer, tensors in layers.items():
         where = f"{files.folder.path}: layer {layer}"
+        if all(rest.count(".") < 2 or rest.startswith(feed_forward) for rest in tensors):
+            raise incomplete(where, "has no attention, nor anything in its place")
         _check_norms(files, where, config, tensors)
         for path in _attentions(tensors):
             _check_projections(files, config, path, tensors)
