@@ -32,6 +32,9 @@ def find_manifest_faults(manifest: Manifest, model: Model) -> Iterator[str]:
     if names != set(model.files.headers):
         different = min(names ^ set(model.files.headers))
         yield f"{different} is a shard in one of manifest and index alone"
+    quantized = {weight.name for weight in model.weights if weight.scale is not None}
+    for name in set(manifest.below_floor) - quantized:
+        yield f"says that {name!r} is too small for FP8, which is no quantized weight"
     yield from _find_source_faults(manifest)
 
 

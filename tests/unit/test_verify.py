@@ -187,6 +187,26 @@ def test_a_damaged_manifest_is_an_error(dst: Path, text: str) -> None:
         read_manifest(dst)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"modules_to_not_convert": {}},
+        {"modules_to_not_convert": "lm_head"},
+        {"below_floor": {"lm_head.weight": 1}},
+        {"version": 1},
+        {"tensors": {"kept": "3"}},
+    ],
+)
+def test_a_manifest_with_parts_of_another_type_is_damaged(
+    dst: Path, edit: dict[str, object]
+) -> None:
+    manifest = json.loads((dst / MANIFEST).read_text())
+    (dst / MANIFEST).write_text(json.dumps(manifest | edit))
+
+    with pytest.raises(CheckpointError, match=f"{MANIFEST}: is damaged"):
+        read_manifest(dst)
+
+
 class TestAgainstASource:
     """``--against`` decides: whatever is further off than FP8's own rounding is a fault."""
 
@@ -244,6 +264,7 @@ class TestAgainstASource:
             },
             "counts 23 quantized experts, and there are 24",
         ),
+        ({"below_floor": ["model.norm.weight"]}, "'model.norm.weight' is too small for FP8, which"),
         ({"source": []}, "which are those of no checkpoint"),
         (
             {

@@ -164,12 +164,12 @@ def parse_manifest(content: bytes, where: Path | str) -> Manifest:
         )
     try:
         manifest = Manifest(
-            version=str(value["version"]),
-            model_type=str(value["model_type"]),
-            modules_to_not_convert=tuple(map(str, value["modules_to_not_convert"])),
+            version=_of(str, value["version"]),
+            model_type=_of(str, value["model_type"]),
+            modules_to_not_convert=_texts(value["modules_to_not_convert"]),
             source=tuple(_read_source_record(record) for record in value["source"]),
-            tensors={str(kind): int(count) for kind, count in value["tensors"].items()},
-            below_floor=tuple(map(str, value.get("below_floor", ()))),
+            tensors={kind: _of(int, count) for kind, count in value["tensors"].items()},
+            below_floor=_texts(value.get("below_floor", [])),
             shards=tuple(read_file_record(record) for record in value["shards"]),
             files=tuple(read_file_record(record) for record in value["files"]),
             origin=_optional_text(value.get("origin")),
@@ -208,6 +208,10 @@ def _read_source_record(value: Mapping[str, Any]) -> SourceRecord:
 
 def _optional_text(value: Any) -> str | None:
     return None if value is None else _of(str, value)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(_of(str, text) for text in _of(list, value))
 
 
 def _of(kind: type[_Kind], value: Any) -> _Kind:
