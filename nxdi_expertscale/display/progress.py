@@ -190,9 +190,10 @@ def _display_of_notebook() -> Callable[..., Any] | None:
     shell = ipython.get_ipython() if ipython is not None else None
     if getattr(shell, "kernel", None) is None:
         return None
-    from IPython.display import display
+    from IPython import display
 
-    return display
+    show: Callable[..., Any] = display.display
+    return show
 
 
 class _Terminal:
