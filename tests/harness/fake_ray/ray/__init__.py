@@ -24,7 +24,7 @@ _dead: set[str] = set()
 
 
 def init(**_: object) -> None:
-    print("Ray prints this, whatever it is asked for")
+    print("Ray prints this, whatever it is asked for", flush=True)
     match _script.get("init"):
         case "abort":
             os._exit(3)
