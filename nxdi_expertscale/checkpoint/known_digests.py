@@ -14,12 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 
 import filelock
 
 from nxdi_expertscale.checkpoint import digests
 from nxdi_expertscale.errors import ConfigurationError
+from nxdi_expertscale.sources.closing import Closing
 from nxdi_expertscale.sources.folder import file_identity
 from nxdi_expertscale.sources.user_cache import user_cache
 
@@ -38,7 +38,7 @@ File systems count time in ticks: a second change in the tick of the first would
 """
 
 
-class KnownDigests:
+class KnownDigests(Closing):
     """Digests of files by the identity of the file; a context that saves what is new at its end.
 
     Safe to use from several threads. Several processes may save to the same file: each adds what
@@ -135,15 +135,8 @@ class KnownDigests:
             )
         self._new.clear()
 
-    def __enter__(self) -> KnownDigests:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Save what is new."""
         self.save()
 
 

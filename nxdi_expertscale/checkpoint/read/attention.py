@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 
 from nxdi_expertscale.checkpoint.read.architecture import check_shape
 from nxdi_expertscale.checkpoint.read.config import ModelConfig
 from nxdi_expertscale.checkpoint.read.files import CONFIG, WeightFiles
+from nxdi_expertscale.checkpoint.read.layers import tensors_by_layer
 from nxdi_expertscale.checkpoint.safetensors_format import StoredTensor
 from nxdi_expertscale.errors import CheckpointError, incomplete
 from nxdi_expertscale.families.declaration import MoEFamily
@@ -29,11 +29,7 @@ def check_attention(files: WeightFiles, config: ModelConfig, family: MoEFamily) 
         CheckpointError: A layer has no attention, or lacks a projection of it or a norm, or has one
             of another shape than the config says.
     """
-    layers: dict[int, dict[str, StoredTensor]] = defaultdict(dict)
-    for name, tensor in files.tensors.items():
-        place = family.names.parse_layer_key(name)
-        if place is not None and place[0] < config.num_hidden_layers:
-            layers[place[0]][place[1]] = tensor
+    layers, _ = tensors_by_layer(files, config, family)
     feed_forward = f"{family.experts.partition('{layer}.')[2].partition('.')[0]}."
     head_size = _head_size(config)
     heads_are_known = len(

@@ -26,7 +26,7 @@ def check_layers(files: WeightFiles, config: ModelConfig, family: MoEFamily) -> 
         CheckpointError: A layer lacks a tensor that layers of its kind have, or has it in another
             shape.
     """
-    layers, with_experts = _tensors_by_layer(files, config, family)
+    layers, with_experts = tensors_by_layer(files, config, family)
     kinds: dict[LayerKind, list[int]] = defaultdict(list)
     for layer, tensors in layers.items():
         kinds[config.layer_type(layer), layer in with_experts, _blocks(tensors)].append(layer)
@@ -50,7 +50,7 @@ def check_layers(files: WeightFiles, config: ModelConfig, family: MoEFamily) -> 
                     )
 
 
-def _tensors_by_layer(
+def tensors_by_layer(
     files: WeightFiles, config: ModelConfig, family: MoEFamily
 ) -> tuple[Mapping[int, Mapping[str, StoredTensor]], set[int]]:
     """The tensors of each layer by their names in it, without experts; the layers with experts.
