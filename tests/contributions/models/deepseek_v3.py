@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.contributions import tiny
 from tests.contributions.contribution import Contribution
-from tests.contributions.models.glm4_moe import DENSE_LAYERS, write_moe, write_mtp
+from tests.contributions.models.glm4_moe import DENSE_LAYERS, write_layers, write_mtp
 
 LATENT_Q, LATENT_KV = 48, 32
 NOPE, ROPE, VALUE = 16, 16, 16
@@ -36,16 +36,8 @@ LATENT_CONFIG = {
 
 def write(model: tiny.Tiny) -> None:
     """A dense layer, two with experts, and one that predicts a further token."""
-    model.ends()
     layers = tiny.LAYERS + DENSE_LAYERS
-    for layer in range(layers + 1):
-        path = f"model.layers.{layer}"
-        model.layer_norms(path)
-        write_latent_attention(model, f"{path}.self_attn")
-        if layer < DENSE_LAYERS:
-            model.feed_forward(f"{path}.mlp", tiny.DENSE)
-        else:
-            write_moe(model, f"{path}.mlp")
+    write_layers(model, layers + 1, write_latent_attention)
     write_mtp(model, f"model.layers.{layers}")
 
 

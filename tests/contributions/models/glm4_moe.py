@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tests.contributions import tiny
 from tests.contributions.contribution import Contribution
 
@@ -26,17 +28,28 @@ def write_mtp(model: tiny.Tiny, path: str) -> None:
     model.linear(f"{path}.shared_head.head", tiny.VOCABULARY, tiny.HIDDEN)
 
 
-def _write(model: tiny.Tiny) -> None:
+def write_layers(
+    model: tiny.Tiny, number: int, write_attention: Callable[[tiny.Tiny, str], None]
+) -> None:
+    """So many layers, the first ones dense, the others with experts."""
     model.ends()
-    layers = tiny.LAYERS + DENSE_LAYERS
-    for layer in range(layers + 1):
+    for layer in range(number):
         path = f"model.layers.{layer}"
         model.layer_norms(path)
-        model.attention(f"{path}.self_attn", bias=True, norms=tiny.HEAD)
+        write_attention(model, f"{path}.self_attn")
         if layer < DENSE_LAYERS:
             model.feed_forward(f"{path}.mlp", tiny.DENSE)
         else:
             write_moe(model, f"{path}.mlp")
+
+
+def _write_attention(model: tiny.Tiny, path: str) -> None:
+    model.attention(path, bias=True, norms=tiny.HEAD)
+
+
+def _write(model: tiny.Tiny) -> None:
+    layers = tiny.LAYERS + DENSE_LAYERS
+    write_layers(model, layers + 1, _write_attention)
     write_mtp(model, f"model.layers.{layers}")
 
 

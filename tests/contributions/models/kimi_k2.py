@@ -5,19 +5,11 @@ from __future__ import annotations
 from tests.contributions import tiny
 from tests.contributions.contribution import Contribution
 from tests.contributions.models import deepseek_v3
-from tests.contributions.models.glm4_moe import DENSE_LAYERS, write_moe
+from tests.contributions.models.glm4_moe import DENSE_LAYERS, write_layers
 
 
 def _write(model: tiny.Tiny) -> None:
-    model.ends()
-    for layer in range(tiny.LAYERS + DENSE_LAYERS):
-        path = f"model.layers.{layer}"
-        model.layer_norms(path)
-        deepseek_v3.write_latent_attention(model, f"{path}.self_attn")
-        if layer < DENSE_LAYERS:
-            model.feed_forward(f"{path}.mlp", tiny.DENSE)
-        else:
-            write_moe(model, f"{path}.mlp")
+    write_layers(model, tiny.LAYERS + DENSE_LAYERS, deepseek_v3.write_latent_attention)
 
 
 KIMI_K2 = Contribution(
